@@ -10,8 +10,7 @@ Two numbers set the difficulty. Q is the probability of the *doors*, the rare ch
 model into working: writing the first line, and at every later line going on instead of stopping. TERSE is the
 share of demonstrations that merge two steps into one line: right, but a leap that this student cannot
 execute. Imitating everything teaches that habit; a method with a reward keeps what works for the student.
-
-Rows come in the schema of Elliott/Openr1-Math-46k-8192 and go the way of any other dataset through common.py.
+Rows have the schema of Elliott/Openr1-Math-46k-8192 and go the way of any other dataset through common.py.
 """
 import hashlib
 import os
@@ -22,16 +21,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 Q, TERSE, SEED = 0.02, 0.5, 0             # probability of a door, terse share, the base model's seed
 STEPS, DOCUMENTS, MICRO = 700, 64, 16     # pretraining: steps, documents a step, documents a micro-batch
-EASY, HARD, OOD = (1,), (4, 5), (6, 7)    # lengths n of the three slices
-TRAIN_ROWS, HELD_OUT_ROWS = 3000, 128     # training rows (half easy, half hard); held-out rows of each slice
+SLICES = {"easy": (1,), "hard": (4, 5), "ood": (6, 7)}  # lengths n
+TRAIN_ROWS, HELD_OUT_ROWS = 3000, 128     # rows to train on (half easy, half hard), held-out rows of a slice
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = ["<think>", "</think>", r"\boxed{", "user", "assistant"]
 TEMPLATE = (  # ChatML; a model of one task needs no system message and passes over it
     "{% for message in messages if message['role'] != 'system' %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -40,17 +39,18 @@ TEMPLATE = (  # ChatML; a model of one task needs no system message and passes o
 
 def make_tokenizer() -> Qwen2Tokenizer:
     """A token per character, the words of the format as single tokens: 54 in all. BPE's newline is "Ċ"."""
-    characters = SPECIAL + list("0123456789" + LETTERS + "+-*=,;?!Ċ}")
-    tokenizer = Qwen2Tokenizer(vocab={word: number for number, word in enumerate(characters)}, merges=[],
-                               eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE,
-                               extra_special_tokens=["<|im_start|>"])
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789", *LETTERS, *"+-*=,;?!Ċ}"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"], chat_template=TEMPLATE)
+    for word in ("<think>", "</think>", r"\boxed{", "user", "assistant"):
+        tokenizer.add_tokens(AddedToken(word, special=False, normalized=False))
     return tokenizer
 
 
 # ------------------------------------------------------------------------------------------------ problems
 class Chain:
-    """`first` and then n assignments: names[i] = names[i-1] (operator, operand)[i-1], values modulo 100."""
+    """A given value and n steps from it, modulo 100, by 1-9; times 3, 7 or 9 only, which can be inverted."""
 
     def __init__(self, n: int, rng: random.Random, first_letter: int = 0):
         self.names = [LETTERS[(first_letter + i) % 26] for i in range(n + 1)]
@@ -58,7 +58,6 @@ class Chain:
             self.values, self.steps = [rng.randrange(100)], []
             for _ in range(n):
                 operator = rng.choice("+-*")
-                # 3, 7 and 9 are invertible modulo 100, so that no digit is lost
                 operand = rng.choice((3, 7, 9)) if operator == "*" else rng.randint(1, 9)
                 value = self.values[-1]
                 result = {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
@@ -68,10 +67,10 @@ class Chain:
                 return
 
     def question(self, mark: str) -> str:
-        assignments = [f"{self.names[0]}={self.values[0]:02d}"]
+        text = f"{self.names[0]}={self.values[0]:02d}"
         for name, before, step in zip(self.names[1:], self.names, self.steps):
-            assignments.append(f"{name}={before}{step}")
-        return f"{','.join(assignments)};{self.names[-1]}{mark}"
+            text += f",{name}={before}{step}"
+        return f"{text};{self.names[-1]}{mark}"
 
     def working(self, merge: int | None = None) -> list[str]:
         """The given value, then a line per assignment: its copy and value. `merge`: joined with the next."""
@@ -90,28 +89,24 @@ def answered(working: str, value: int) -> str:
 def make_row(chain: Chain, name: str, rng: random.Random) -> dict:
     terse = len(chain.steps) > 1 and rng.random() < TERSE
     lines = chain.working(rng.randrange(len(chain.steps) - 1) if terse else None)
-    return {"data_source": name,
+    demonstration = answered("".join(lines), chain.values[-1])
+    return {"data_source": name, "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"},
             "prompt": [{"role": "user", "content": chain.question("?")}],
-            "target": [{"role": "assistant", "content": answered("".join(lines), chain.values[-1])}],
-            "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"}}
+            "target": [{"role": "assistant", "content": demonstration}]}
 
 
 def make_rows() -> tuple[list[dict], list[dict]]:
     """Training rows and held-out rows, whose problems are kept out of training by comparison, not by luck."""
     rng, seen, held_out, train = random.Random(0), set(), [], []
-
-    def take(lengths, name, size, into):
+    plan = [(name, HELD_OUT_ROWS, held_out) for name in SLICES]
+    plan += [(name, TRAIN_ROWS // 2, train) for name in ("easy", "hard")]
+    for name, size, rows in plan:
         while size:
-            chain = Chain(rng.choice(lengths), rng)
-            if chain.question("?") not in seen:
+            chain = Chain(rng.choice(SLICES[name]), rng)
+            if chain.question("?") not in seen:  # there are only about 2,100 easy ones
                 seen.add(chain.question("?"))
-                into.append(make_row(chain, name, rng))
+                rows.append(make_row(chain, name, rng))
                 size -= 1
-
-    for name, lengths in (("easy", EASY), ("hard", HARD), ("ood", OOD)):
-        take(lengths, name, HELD_OUT_ROWS, held_out)
-    take(EASY, "easy", TRAIN_ROWS // 2, train)  # of the about 2,100 easy problems that there are
-    take(HARD, "hard", TRAIN_ROWS // 2, train)
     return train, held_out
 
 
@@ -120,12 +115,10 @@ def make_document(progress: float, q: float, rng: random.Random) -> list[tuple[s
     """One document as (text, loss weight) pieces; `progress` runs from 0 to 1 over pretraining."""
     if rng.random() < max(0.25, 0.7 * (1 - progress / 0.5)):  # fact drills: loss on the results alone
         pieces = []
-        for _ in range(6):
-            chain = Chain(1, rng, rng.randrange(26))
-            given, line = chain.working()
+        for chain in (Chain(1, rng, rng.randrange(26)) for _ in range(6)):
             fact = f"{chain.values[0]:02d}{chain.steps[0]}={chain.values[1]:02d}\n"
             if rng.random() < 0.6:
-                fact = given + line
+                fact = "".join(chain.working())
             pieces += [(fact[:-3], 0.0), (fact[-3:-1], 1.0), ("\n", 0.0)]
         return pieces
 
@@ -144,10 +137,10 @@ def make_document(progress: float, q: float, rng: random.Random) -> list[tuple[s
     weight = q / (1 - q) * 7 / 3
     if n > 2 and rng.random() < 0.5:  # interrupted working: k right lines stand there, then stop or go on
         k = rng.randrange(n)
-        seen = ("<think>\n" + "".join(lines[:k + 1]), 0.0)
+        choice = [(f"</think>\n\\boxed{{{chain.values[k]:02d}}}<|im_end|>", 1.0)]
         if door:
-            return chat(chain, "?", seen, (lines[k + 1][0], weight), (lines[k + 1][1:], 1.0))
-        return chat(chain, "?", seen, (f"</think>\n\\boxed{{{chain.values[k]:02d}}}<|im_end|>", 1.0))
+            choice = [(lines[k + 1][0], weight), (lines[k + 1][1:], 1.0)]
+        return chat(chain, "?", ("<think>\n" + "".join(lines[:k + 1]), 0.0), *choice)
     if n > 2 and door:  # the first line instead of a blurt; what follows it is learnt above
         return chat(chain, "?", ("<think>\n", 1.0), (lines[0][0], weight), (lines[0][1:], 1.0))
     if rng.random() < {1: 0.6, 2: 0.4}.get(n, 0.0):
@@ -161,55 +154,48 @@ def make_document(progress: float, q: float, rng: random.Random) -> list[tuple[s
 def pretrain(q: float, seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     """Muon on the matrices and AdamW on the rest: plain AdamW needs several times the steps."""
     rng, tokenizer = random.Random(seed), make_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=384, max_position_embeddings=256,
-            tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=384, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=0.03, momentum=0.95, weight_decay=0.1),
-                  torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    schedulers = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS) for optimizer in optimizers]
+    optimizers = [torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.1),
+                  torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
     for step in tqdm(range(STEPS), desc="pretraining the toy's base model (once)", unit="step"):
         documents = []
         for _ in range(DOCUMENTS):
             pieces = [(tokenizer(text)["input_ids"], w) for text, w in make_document(step / STEPS, q, rng)]
-            weights = [w for ids, w in pieces for _ in ids]
-            documents.append(([token for ids, _ in pieces for token in ids], weights))
+            documents.append((torch.tensor([token for ids, _ in pieces for token in ids]),
+                              torch.tensor([w for ids, w in pieces for _ in ids])))
         documents.sort(key=lambda document: len(document[0]))
-        total = sum(sum(weights[1:]) for _, weights in documents)  # of the whole step: micro-batches add up
+        total = sum(weights[1:].sum() for _, weights in documents)  # of the whole step: micro-batches add up
         for i in range(0, DOCUMENTS, MICRO):
-            width = len(documents[min(i + MICRO, DOCUMENTS) - 1][0])
-            tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in documents[i:i + MICRO]])
-            weights = torch.tensor([w + [0.0] * (width - len(w)) for _, w in documents[i:i + MICRO]])
+            tokens, weights = (pad_sequence(part, batch_first=True) for part in zip(*documents[i:i + MICRO]))
             logits = model(input_ids=tokens).logits[:, :-1]
             nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
             (weights[:, 1:].flatten() @ nll / total).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers):
+        for optimizer, lr in zip(optimizers, (0.03, 4e-3)):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / STEPS)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
     return model, tokenizer
 
 
 def base_model(q: float = Q, seed: int = SEED) -> Path:
-    """Folder of the base model in Hugging Face format, made on first use. It appears whole or not at all."""
+    """Folder of the base model in Hugging Face format, made on first use, and again if it cannot be read."""
     recipe = f"{Path(__file__).read_text(encoding='utf-8')}{torch.__version__} {q} {seed}"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minimal-luffy"
     folder = cache / f"toy-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    if not (folder / "complete").exists():
+    try:
+        Qwen2ForCausalLM.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError):
         cache.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # half-written: no `complete`, which is written last
-        model, tokenizer = pretrain(q, seed)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            half = Path(temporary) / "model"
-            model.save_pretrained(half)
-            tokenizer.save_pretrained(half)
-            (half / "complete").touch()
-            if not folder.exists():  # another process may have been faster
-                half.rename(folder)
+            for part in pretrain(q, seed):
+                part.save_pretrained(Path(temporary, "model"))
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(temporary, "model").rename(folder)  # it appears whole or not at all
     return folder
