@@ -5,6 +5,7 @@ trackers (metrics.jsonl loads anywhere). Linux and macOS: verification needs `fo
 """
 import argparse
 import contextlib
+import errno
 import inspect
 import json
 import os
@@ -20,17 +21,19 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
+import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 LOGIT_CHUNK = 256           # tokens whose logits are held at once
+STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
 ANSWER_SECONDS = 3.0        # wall clock for verifying one answer
 ANSWER_MEGABYTES = 2048     # address space of the process that does it
 ANSWER_CHARACTERS = 10_000  # a longer boxed answer is wrong unread
@@ -45,6 +48,16 @@ def fail(message: str):
     """For the user's mistakes: one line that says what is wrong, where and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())[:600]}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def explain(kind, error, trace):
+    """For what goes wrong later: one line where it is enough. The last checkpoint stays."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        print(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}", file=sys.stderr)
+    elif "No space left" in str(error) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
+        print(f"cannot write: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -88,12 +101,14 @@ class Args:
     eval_response: int = flag("tokens of a response in evaluation", toy=100, real=3072)
     eval_temperature: float = flag("sampling temperature in evaluation", toy=1.0, real=0.6)
     save_every: int = flag("steps between checkpoints; 0: only at the end", toy=20, real=50)
-    rollout: str = flag("engine that samples", "auto", choices=("auto", "transformers"))
+    rollout: str = flag("engine that samples", "auto", choices=("auto", "vllm", "transformers"))
+    gpu_memory_utilization: float = flag("share of the GPU's memory that vLLM takes while it samples", 0.4)
     device: str = flag("where the model is", "auto", choices=("auto", "cpu", "cuda"))
 
 
 def parse(cls, doc: str, smallest_n: int = 2):
     """Args of class `cls` from the command line; what cannot be right is one line and exit code 2."""
+    sys.excepthook = explain
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
     for f in fields(cls):
         options = {"default": f.default, "help": f.metadata["help"]}
@@ -137,6 +152,8 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
     path = Path(source)
     if path.suffix in builders and not path.is_file():
         fail(f"{source}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        fail(f"{source} is empty")
     if path.exists() and path.suffix not in builders:
         fail(f"{source}: not a {', '.join(builders)} file")
     try:
@@ -144,46 +161,78 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
             return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train").to_list()
         return datasets.load_dataset(source, split="train").to_list()
     except Exception as error:  # whatever a parser or the network says of the user's data is passed on
+        if path.suffix == ".jsonl":
+            find_broken_line(path)
         fail(f"{source} cannot be read as a dataset: {error}: {error.__cause__ or ''}")
 
 
+def find_broken_line(path: Path):
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.loads(line or "{}")
+            except ValueError as error:
+                fail(f"{path}, line {number}: {error}")
+
+
 def read_problem(row: dict) -> tuple[list[dict], str, str, str]:
-    """(chat messages, answer, demonstration, slice) of a row in either schema; ValueError: what it lacks."""
+    """(chat messages, answer, demonstration, slice) of a row in either schema; ValueError: why not."""
     if "prompt" in row:  # the schema of Elliott/Openr1-Math-46k-8192
-        messages, target = row["prompt"], row.get("target")
-        answer = (row["reward_model"] or {}).get("ground_truth")
-        demonstration = target[0]["content"] if isinstance(target, list) and target else target
+        messages, target, gold = row["prompt"], row.get("target"), row.get("reward_model")
+        answer = gold.get("ground_truth") if isinstance(gold, dict) else None
+        demonstration = target[0].get("content") if isinstance(target, list) and target else target
     else:
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["problem"]}]
-        answer, demonstration = row["answer"], row.get("demonstration")
-    if not messages or not all(isinstance(m["content"], str) and m["content"].strip() for m in messages):
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row.get("problem")}]
+        answer, demonstration = row.get("answer"), row.get("demonstration")
+    if not isinstance(messages, list) or not messages:
         raise ValueError("without a problem")
-    if answer is None or not str(answer).strip():
+    for message in messages:
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("whose problem is empty or not text")
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError("without an answer")
-    return messages, str(answer), demonstration or "", row.get("data_source") or "held_out"
+    return messages, str(answer), demonstration or "", str(row.get("data_source") or "held_out")
 
 
-def load_problems(source: str, rows: list[dict], tokenizer, max_prompt: int) -> list[Problem]:
-    """Every row, rendered with the chat template. What is left out is counted and said."""
+def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt: int) -> list[Problem]:
+    """The usable rows, rendered with the chat template. What is left out is counted and said."""
     columns = set().union(*rows) if rows else {"problem", "answer"}
     if not ({"problem", "answer"} <= columns or {"prompt", "reward_model"} <= columns):
         fail(f"{source}: needs the columns `problem` and `answer`, or `prompt` and `reward_model`; "
              f"it has {', '.join(sorted(columns))}")
-    left_out, problems = Counter(), []
+    left_out, problems, seen = Counter(), [], set()
     for index, row in enumerate(rows):
         try:
             messages, answer, demonstration, part = read_problem(row)
-        except ValueError as error:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (ValueError, jinja2.TemplateError) as error:
             left_out[str(error)] += 1
             continue
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(prompt) > max_prompt:
+        prompt = []
+        if len(text) <= 100 * max_prompt:  # a tokenizer may take minutes for megabytes
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not 0 < len(prompt) <= max_prompt:
             left_out[f"with a prompt of more than --max_prompt {max_prompt} tokens"] += 1
-            continue
-        problems.append(Problem(index, text, prompt, answer, demonstration, part, row))
+        elif (text, row.get("response")) in seen:
+            left_out["that another row repeats"] += 1
+        else:
+            seen.add((text, row.get("response")))
+            problems.append(Problem(index, text, prompt, answer, demonstration, part, row))
+    answers = sorted({problem.answer for problem in problems})
+    verdicts = dict(zip(answers, verifier(answers, [f"</think>\\boxed{{{answer}}}" for answer in answers])))
+    unboxed = 0
+    for problem in problems:
+        if verdicts[problem.answer] != RIGHT:
+            left_out["whose answer math-verify does not find equal to itself"] += 1
+        if problem.demonstration and boxed_answer(str(problem.demonstration)) is None:
+            unboxed += 1
+            problem.demonstration = ""
+    problems = [problem for problem in problems if verdicts[problem.answer] == RIGHT]
     for reason, count in left_out.items():
         print(f"{source}: left out {count} of {len(rows)} rows {reason}")
+    if unboxed:
+        print(f"{source}: left out {unboxed} demonstrations that box no answer after </think>")
     if not problems:
         fail(f"{source}: none of its {len(rows)} rows can be used")
     return problems
@@ -235,6 +284,64 @@ class TransformersSampler:
 
     def update(self, model):
         """Hands the trainer's weights over: here they are the same."""
+
+
+class VLLMSampler:
+    """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
+
+    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float):
+        """An engine for the model's architecture. Its weights are random until update() hands them over."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the import reads both
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            import vllm
+        except ImportError as error:
+            fail(f"--rollout vllm: vLLM cannot be imported: {error}")
+        self.settings, self.eos = vllm.SamplingParams, tokenizer.eos_token_id
+        self.on_cpu = model.device.type == "cpu"
+        if self.on_cpu:  # after a chunk of a prompt a seed's generator is rewound, which only CUDA's can
+            options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30,
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}
+        else:
+            options = {"dtype": "bfloat16", "enable_sleep_mode": True,
+                       "gpu_memory_utilization": gpu_memory_utilization}
+        positions = ("rope_parameters", "max_position_embeddings")  # which the trainer may have changed
+        try:
+            self.engine = vllm.LLM(
+                model.name_or_path, load_format="dummy", skip_tokenizer_init=True,
+                hf_overrides={name: getattr(model.config, name) for name in positions},
+                logprobs_mode="processed_logprobs",  # processed: after the temperature
+                max_model_len=max_model_len, **options)
+        except Exception as error:  # whatever vLLM says of the model, the card and its memory is passed on
+            fail(f"--rollout vllm, --gpu_memory_utilization {gpu_memory_utilization}: {error}")
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int):
+        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens)."""
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        settings = [self.settings(
+            temperature=temperature, max_tokens=max_tokens, logprobs=0, detokenize=False,
+            seed=(seed * 1_000_003 + index) % 2**63,     # of its own, whatever else is in the batch
+            ignore_eos=True, stop_token_ids=[self.eos],  # the trainer's, and none of generation_config.json
+        ) for index in range(len(prompts))]
+        self.engine.wake_up()
+        results = self.engine.generate(requests, settings, use_tqdm=False)
+        # Level 1 keeps the weights in host memory, so that the engine always wakes with the last hand-over's.
+        # Level 2 drops them: a rollout after an evaluation, without a hand-over between, would be noise.
+        self.engine.sleep(level=1)
+        responses = []
+        for result in results:
+            tokens, steps = result.outputs[0].token_ids, result.outputs[0].logprobs
+            responses.append((list(tokens), [step[token].logprob for token, step in zip(tokens, steps)]))
+        return responses
+
+    def update(self, model):
+        """Hands the trainer's weights over, cast and in place."""
+        self.engine.wake_up(["weights"])
+        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.on_cpu:  # whose kernels read a packed copy of the head, stale where the head is the embedding
+            self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        self.engine.reset_prefix_cache()  # keys and values of the old weights
 
 
 # ------------------------------------------------------------------------------------------- verification
@@ -386,23 +493,63 @@ def micro_batches(rows: list[Row], micro_tokens: int) -> list[list[Row]]:
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy
+class TokenLogprobs(torch.autograd.Function):
+    """log p of targets and entropy H, without keeping logits z: backward recomputes them.
+
+    F.linear_cross_entropy computes gradients in its forward pass, which takes a weight per token that is known before
+    the log-prob is; importance ratios are not. It has no entropy either.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, entropy):
+        logp, h, lse = [], [], []
+        for x, y in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):
+            z = F.linear(x, weight, bias)                                 # (chunk, V)
+            z = z.to(torch.promote_types(z.dtype, torch.float32)).div_(temperature)
+            lse.append(z.logsumexp(dim=-1))
+            logp.append(z.gather(1, y[:, None])[:, 0] - lse[-1])          # log p = z_y - lse(z)
+            p_z = (z - lse[-1][:, None]).exp_().mul_(z).sum(dim=-1) if entropy else lse[-1]
+            h.append(lse[-1] - p_z)                                       # H = lse(z) - Σ p z
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lse), torch.cat(h))
+        ctx.temperature, ctx.entropy = temperature, entropy
+        return torch.cat(logp), torch.cat(h)
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_h):
+        hidden, weight, bias, *rows = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        weight = weight.to(hidden.dtype)
+        parts = zip(*(part.split(LOGIT_CHUNK) for part in (hidden, *rows, grad_logp, grad_h)))
+        for x, y, lse, h, g, g_h in parts:
+            z = F.linear(x, weight, bias)
+            z = z.to(lse.dtype).div_(ctx.temperature).sub_(lse[:, None])  # log p of every word
+            p = z.exp()
+            if ctx.entropy:
+                d = z.add_(h[:, None]).mul_(-g_h[:, None]).sub_(g[:, None]).mul_(p)   # dH/dz = -p (log p + H)
+            else:
+                d = p.mul_(-g[:, None])                                   # d log p_y / dz = 1[y] - p
+            d.scatter_add_(1, y[:, None], g[:, None])
+            d = d.div_(ctx.temperature).to(weight.dtype)
+            grad_hidden.append(d @ weight)
+            if grad_weight.dtype == d.dtype:
+                grad_weight.addmm_(d.T, x)
+            else:
+                grad_weight += d.T @ x
+            if bias is not None:
+                grad_bias += d.sum(dim=0)
+        return torch.cat(grad_hidden), grad_weight, grad_bias, None, None, None
+
+
 def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entropy: bool = False):
     """Log-prob of each target token and entropy of its distribution at the sampling temperature, in nats.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) ids. Returns two (N,) tensors with gradient,
-    the second None without `entropy`. Logits exist for LOGIT_CHUNK tokens at a time, and again in backward.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) ids. Returns two (N,) tensors with gradient, the
+    second of zeros without `entropy`. No more than LOGIT_CHUNK x V logits exist at a time.
     """
-    def chunk(h, y):
-        logits = F.linear(h, weight, bias)  # (chunk, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        if not entropy:
-            return -F.cross_entropy(logits, y, reduction="none"), None
-        logp = logits.log_softmax(dim=-1)
-        return logp.gather(1, y[:, None])[:, 0], -(logp.exp() * logp).sum(dim=-1)
-
-    parts = [checkpoint(chunk, h, y, use_reentrant=False)
-             for h, y in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK))]
-    return torch.cat([logp for logp, _ in parts]), torch.cat([part for _, part in parts]) if entropy else None
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return TokenLogprobs.apply(hidden, weight, bias, targets, temperature, entropy)
 
 
 def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
@@ -415,7 +562,7 @@ def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
         targets, head = batch.tokens[row, position], model.get_output_embeddings()
         flat = token_logprobs(hidden, head.weight, head.bias, targets, temperature, entropy)
     zeros = torch.zeros(batch.mask.shape, dtype=flat[0].dtype, device=model.device)
-    return tuple(zeros if part is None else zeros.masked_scatter(batch.mask, part) for part in flat)
+    return tuple(zeros.masked_scatter(batch.mask, part) for part in flat)
 
 
 # ------------------------------------------------------------------------------ a run: its state and outputs
@@ -439,6 +586,8 @@ def load_model(args: Args, device: torch.device):
                  f"{context} positions of {args.model}: lower one of them")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    model.generation_config = transformers.GenerationConfig(  # no top_k, min_p or penalty of the model's own
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # trainer and sampler must agree
@@ -447,12 +596,12 @@ def load_model(args: Args, device: torch.device):
     return model, tokenizer
 
 
-def load_data(args: Args, tokenizer) -> tuple[list[Problem], list[Problem]]:
+def load_data(args: Args, tokenizer, verifier) -> tuple[list[Problem], list[Problem]]:
     """Problems to train on and held-out problems."""
-    problems = load_problems(args.data, read_rows(args.data), tokenizer, args.max_prompt)
+    problems = load_problems(args.data, read_rows(args.data), tokenizer, verifier, args.max_prompt)
     if args.eval_data:
         rows = read_rows(args.eval_data, held_out=True)
-        return problems, load_problems(args.eval_data, rows, tokenizer, args.max_prompt)
+        return problems, load_problems(args.eval_data, rows, tokenizer, verifier, args.max_prompt)
     problems = random.Random(0).sample(problems, len(problems))
     size = min(128, len(problems) // 10)
     return problems[size:], problems[:size]
@@ -469,6 +618,7 @@ class Run:
     def __init__(self, args: Args):
         for logging in (transformers.utils.logging, datasets.utils.logging):
             logging.disable_progress_bar()
+            logging.set_verbosity(logging.CRITICAL)  # what matters is said here, in one line
         if args.device == "cuda" and not torch.cuda.is_available():
             fail("--device cuda: torch sees no CUDA device")
         self.args, self.script = args, Path(sys.argv[0]).stem
@@ -477,11 +627,36 @@ class Run:
         self.state = {}  # what a method keeps between steps, of plain values: a checkpoint has it too
         self.sums = defaultdict(lambda: [0.0, 0])
         self.model, self.tokenizer = load_model(args, self.device)
-        self.train, self.held_out = load_data(args, self.tokenizer)
+        self.verifier = Verifier()
+        self.train, self.held_out = load_data(args, self.tokenizer, self.verifier)
         self.folder = self.open_folder()
         self.saved = self.load_checkpoint()
-        self.sampler = TransformersSampler(self.model, self.tokenizer)
-        self.verifier = Verifier()
+        self.sampler = self.make_sampler()
+        self.hand_over()
+
+    def make_sampler(self):
+        args, engine = self.args, self.args.rollout
+        if engine == "auto":
+            engine = "vllm" if self.device.type == "cuda" and find_spec("vllm") else "transformers"
+        if engine == "transformers":
+            return TransformersSampler(self.model, self.tokenizer)
+        length = args.max_prompt + max(args.max_response, args.eval_response)
+        return VLLMSampler(self.model, self.tokenizer, length, args.gpu_memory_utilization)
+
+    @torch.no_grad()
+    def hand_over(self):
+        """Gives the sampler the weights and has responses scored by both: a stale sampler ends the run."""
+        self.sampler.update(self.model)
+        if isinstance(self.sampler, TransformersSampler):  # it samples with the trainer's own weights
+            return
+        rows = self.generate(self.train[:1] * 8, min(32, self.args.max_response), 1.0, self.args.seed)
+        batch = collate(rows, self.device)
+        logp, _ = logprobs(self.model.eval(), batch, 1.0)
+        sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
+        gap, limit = float((logp[batch.mask].cpu() - sampler_logp).abs().mean()), STALE[self.device.type]
+        if not gap <= limit:  # nan is a gap too
+            fail(f"the sampler is stale: after step {self.step}'s hand-over its log-probs are {gap:.2g} nats "
+                 f"a token from the trainer's, more than {limit}")
 
     def open_folder(self) -> Path:
         """runs/<name>: a new one, or with --resume that of a run with the same arguments."""
@@ -711,7 +886,7 @@ class Run:
     def end_step(self):
         """Hands the weights to the sampler, evaluates, writes metrics and checkpoint."""
         args, last = self.args, self.step == self.args.steps
-        self.sampler.update(self.model)
+        self.hand_over()
         sums = sorted(self.sums.items())
         metrics = {name: float(total) / max(1, int(count)) for name, (total, count) in sums}
         self.sums.clear()
@@ -765,22 +940,26 @@ class Run:
         """The whole state in one file, which appears whole or not at all."""
         path = self.folder / "checkpoint" / "state.pt"
         path.parent.mkdir(exist_ok=True)
-        sizes = {name: (self.folder / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
+        sizes = {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")}
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        torch.save({"step": self.step, "updates": self.updates, "state": self.state, "sizes": sizes,
-                    "model": self.model.state_dict(), "optimizers": optimizers}, path.with_suffix(".new"))
+        state = {"step": self.step, "updates": self.updates, "skipped": self.skipped, "state": self.state,
+                 "sizes": sizes, "model": self.model.state_dict(), "optimizers": optimizers}
+        with open(path.with_suffix(".new"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(path.with_suffix(".new"), path)
 
     def load_checkpoint(self) -> dict | None:
         """The last checkpoint, if there is one. What was logged after it is cut off and will come again."""
         path = self.folder / "checkpoint" / "state.pt"
         saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            with open(self.folder / name, "a") as file:
-                file.truncate(saved["sizes"][name] if saved else 0)
+        for log in self.folder.glob("*.jsonl"):
+            os.truncate(log, saved["sizes"].get(log.name, 0) if saved else 0)
         if saved:
             self.model.load_state_dict(saved["model"])
-            self.step, self.updates, self.state = saved["step"], saved["updates"], saved["state"]
+            self.step, self.updates, self.skipped = saved["step"], saved["updates"], saved["skipped"]
+            self.state = saved["state"]
         return saved
 
     def end(self):

@@ -9,8 +9,7 @@ sampled, so on-policy RL never rewards it: the situation that off-policy guidanc
 Two numbers set the difficulty. Q is the probability of the *doors*, the rare choices that lead a blurting
 model into working: writing the first line, and at every later line going on instead of stopping. TERSE is the
 share of demonstrations that merge two steps into one line: right, but a leap that this student cannot
-execute. Imitating everything teaches that habit; a method with a reward keeps what works for the student.
-Rows have the schema of Elliott/Openr1-Math-46k-8192 and go the way of any other dataset through common.py.
+execute. Imitating everything teaches that habit; a reward keeps what works. Rows go any other dataset's way.
 """
 import hashlib
 import os

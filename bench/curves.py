@@ -1,0 +1,130 @@
+"""Trains every method and the baselines on the toy over seeds, and draws bench/results/curves.png.
+
+    pip install matplotlib
+    python bench/curves.py                       # all: about half an hour on two cores
+    python bench/curves.py --only LUFFY GRPO     # some
+    python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"   # the harder base, see toy.py
+    python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
+
+One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step, seconds of
+training until then (evaluation not counted), accuracy per slice, entropy and response length of the step.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "curves.jsonl"
+KEPT = ("accuracy/easy", "accuracy/hard", "accuracy/ood", "entropy", "response/length")
+METHODS = {  # name: script, flags, colour
+    "GRPO": ("grpo", [], "black"),
+    "LUFFY": ("luffy", [], "tab:red"),
+    "LUFFY, no shaping": ("luffy", ["--shaping", "none"], "lightcoral"),
+    "CHORD-mu": ("chord", [], "tab:blue"),
+    "CHORD-phi": ("chord", ["--preset", "phi"], "tab:cyan"),
+    "RL with SFT loss": ("chord", ["--preset", "rl+sft"], "tab:purple"),
+    "SFT": ("chord", ["--mu_peak", "1", "--mu_valley", "1", "--expert_share", "0.111"], "tab:grey"),
+    "ReLIFT": ("relift", [], "tab:green"),
+    "TOPR": ("topr", [], "tab:red"),
+    "TOPR, tis": ("topr", ["--weights", "tis"], "tab:orange"),
+    "TOPR, ppo": ("topr", ["--weights", "ppo"], "tab:blue"),
+    "TOPR, reinforce": ("topr", ["--weights", "reinforce"], "black"),
+}
+
+
+def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[dict]:
+    """One run in a folder of its own, on one thread; its evaluations."""
+    script, flags, _ = METHODS[method]
+    every = "48" if script == "topr" else "10"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / f"{script}.py", "--model", base, "--data",
+                   "toy:easy" if script == "topr" else "toy", "--eval_every", every, "--seed", str(seed),
+                   "--name", "run", "--device", "cpu", *flags]
+        done = subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise RuntimeError(f"{method}, seed {seed}: {done.stdout[-2000:]}")
+        steps = [json.loads(line) for line in open(Path(folder, "runs", "run", "metrics.jsonl"))]
+    seconds, evaluations = 0.0, []
+    for metrics in steps:
+        seconds += sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+        if "accuracy/easy" in metrics:
+            kept = {name: metrics[name] for name in KEPT if name in metrics}
+            evaluations.append({"method": method, "q": q, "base_seed": base_seed, "seed": seed,
+                                "step": metrics["step"], "seconds": round(seconds, 2)} | kept)
+    print(f"{method}, seed {seed}: hard {evaluations[-1]['accuracy/hard']:.2f}, "
+          f"easy {evaluations[-1]['accuracy/easy']:.2f} after {seconds:.0f} s", flush=True)
+    return evaluations
+
+
+def draw(evaluations: list[dict], path: Path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), constrained_layout=True)
+    panels = [("accuracy/hard", "step", "hard problems: 4, 5 steps"), ("accuracy/easy", "step", "easy problems: 1 step"),
+              ("accuracy/ood", "step", "out of distribution: 6, 7 steps"),
+              ("accuracy/hard", "seconds", "hard problems against time"), ("entropy", "step", "entropy of the rollouts"),
+              ("response/length", "step", "length of the rollouts"),
+              ("accuracy/easy", "step", "TOPR: easy problems, 5 sets x 48 updates"),
+              ("entropy", "step", "TOPR: entropy of the rollouts")]
+    runs = defaultdict(lambda: defaultdict(list))
+    for line in evaluations:
+        runs[line["method"]][line["step"]].append(line)
+    for axis, (metric, against, title) in zip(axes.flat, panels):
+        for method, steps in runs.items():
+            script, _, colour = METHODS[method]
+            if (script == "topr") != title.startswith("TOPR"):
+                continue
+            points = []
+            for lines in steps.values():
+                values = [line[metric] for line in lines if metric in line]
+                if values:
+                    x = statistics.mean(line[against] for line in lines)
+                    points.append((x, statistics.mean(values), min(values), max(values)))
+            if points:
+                x, mean, low, high = zip(*sorted(points))
+                axis.plot(x, mean, color=colour, label=method)
+                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("optimiser steps" if against == "step" else "seconds of training, one CPU thread")
+        if metric.startswith("accuracy"):
+            axis.set_ylim(-0.03, 1.03)
+    axes[0, 0].legend(fontsize=8)
+    axes[1, 2].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--base_seeds", nargs="+", type=int, default=[0], help="seeds of the base model")
+    parser.add_argument("--q", type=float, default=0.02, help="probability of a door, see toy.py")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
+    parser.add_argument("--draw", action="store_true", help="only draw")
+    args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    if not args.draw:
+        sys.path.insert(0, str(ROOT))
+        import toy
+        jobs = [(method, args.q, base_seed, seed, toy.base_model(args.q, base_seed))
+                for base_seed in args.base_seeds for seed in args.seeds for method in args.only]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for evaluations in pool.map(lambda job: train(*job), jobs):
+                with open(RESULTS, "a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in evaluations)
+    lines = [json.loads(line) for line in open(RESULTS)]
+    draw([line for line in lines if line["q"] == 0.02 and line["base_seed"] == 0], RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

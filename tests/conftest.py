@@ -1,0 +1,153 @@
+"""What the test files share: the authors' numbers, tiny models, and runs as scripts or users start them."""
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+HUB_CACHE = tempfile.TemporaryDirectory()
+os.environ.update(HF_HOME=HUB_CACHE.name, HF_HUB_OFFLINE="1")  # before the imports; no test needs the net
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import common  # noqa: E402
+import toy  # noqa: E402
+
+torch.set_num_threads(1)  # tiny tensors lose by threads
+transformers.utils.logging.disable_progress_bar()
+SCRIPTS = [name for name in ("grpo", "luffy", "chord", "relift", "topr") if (ROOT / f"{name}.py").exists()]
+
+
+# --------------------------------------------------------------------------------------- the authors' numbers
+def golden(method: str, *names: str):
+    """Parameters (case, variant) for a test: the named variants of the authors' numbers, or all."""
+    cases = json.loads((TESTS / "golden" / f"{method}.json").read_text())["cases"]
+    pairs = [(case, variant) for case in cases for variant in case["variants"]
+             if not names or variant["name"] in names]
+    return [pytest.param(case, variant, id=f"{case['id']}-{variant['name']}") for case, variant in pairs]
+
+
+def tensors(case: dict, *names: str) -> list[torch.Tensor]:
+    """Inputs of a case in its dtype; masks as the official code got them, int64; groups as numbers."""
+    inputs, dtype = case["inputs"], getattr(torch, case["dtype"])
+    integer = {"mask": inputs["mask"], "prefix_mask": inputs.get("prefix_mask"),
+               "is_expert": inputs.get("is_expert"), "group": [ord(name) for name in inputs["group"]]}
+    return [torch.tensor(integer[name]) if name in integer else torch.tensor(inputs[name], dtype=dtype)
+            for name in names]
+
+
+def assert_golden(case: dict, actual: torch.Tensor, expected, rtol: float = 1e-9):
+    """Equal to the authors' number: in float64 to rtol, in float32 to 2e-6 of the tensor's largest entry."""
+    expected = torch.tensor(expected, dtype=torch.float64)
+    largest = expected.abs().max().item()
+    rtol, atol = (rtol, 1e-12 * largest + 1e-15) if case["dtype"] == "float64" else (0.0, 2e-6 * largest)
+    torch.testing.assert_close(actual.detach().double(), expected, rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------ tiny models
+def save_model(model, folder: Path) -> str:
+    model.save_pretrained(folder)
+    toy.make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a random Qwen2 with the toy's tokenizer: its responses end or are cut, and none is right."""
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    return save_model(transformers.Qwen2ForCausalLM(config), tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def coin_model(tiny_model, tmp_path_factory) -> str:
+    r"""The tiny model, trained for a second to answer \boxed{0} or \boxed{1}, by chance: both rewards."""
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tiny_model), toy.make_tokenizer()
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a=1;a?"}], tokenize=False,
+                                           add_generation_prompt=True)
+    texts = [f"{prompt}{toy.answered('', 0).replace('00', side)}<|im_end|>" for side in "01"]
+    tokens = torch.tensor(tokenizer(texts)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return save_model(model, tmp_path_factory.mktemp("models") / "coin")
+
+
+def load(folder: str, dtype=torch.float64):
+    """A model and its tokenizer; in float64, which tells a wrong formula from a rounding error."""
+    return (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            transformers.AutoTokenizer.from_pretrained(folder))
+
+
+# ------------------------------------------------------------------------------------------------ runs
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def coin_data(tmp_path) -> str:
+    """Problems for the coin model, without demonstrations."""
+    rows = [{"problem": f"a={i:02d};a?", "answer": str(i % 2)} for i in range(20)]
+    return write_jsonl(tmp_path / "coin.jsonl", rows)
+
+
+# What a tiny run on data of one's own needs, in the place of the defaults for real models.
+SMALL = ("--prompts 4 --n 4 --steps 2 --max_prompt 40 --max_response 40 --eval_response 20 "
+         "--micro_tokens 512 --lr 0.01").split()
+
+
+@pytest.fixture
+def command_line(tmp_path, monkeypatch):
+    """Puts a script's command line in place, in an empty folder, and returns the script as a module."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def enter(script: str, *flags: str):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        return importlib.import_module(script)
+
+    yield enter
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def make_run(command_line):
+    """Builds a common.Run from a command line, as the first lines of a script's main() do."""
+    runs = []
+
+    def make(script: str, *flags: str) -> common.Run:
+        module = command_line(script, *flags)
+        runs.append(common.Run(common.parse(module.Args, module.__doc__)))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.verifier.close()
+
+
+def run_script(script: str, *flags: str, cwd: Path, threads: str | None = "1", seconds: float = 600):
+    """`python script flags` in the folder cwd, as a user runs it; threads None is torch's own choice."""
+    env = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, env=env, text=True,
+                          capture_output=True, timeout=seconds)

@@ -1,0 +1,349 @@
+"""What is not the method: log-probs, a gradient that doesn't depend on how the work is cut, rollout, data."""
+import json
+import random
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from conftest import SMALL, load, write_jsonl
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import toy
+from common import Row
+from luffy import luffy_loss
+
+
+# ----------------------------------------------------------------------------------- log-probs and entropy
+def plain_logprobs(hidden, weight, bias, targets, temperature):
+    """The formula itself: log-softmax of logits / temperature, and -sum p log p."""
+    logp = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(dim=-1)
+    return logp[range(len(targets)), targets], -(logp.exp() * logp).sum(dim=-1)
+
+
+@pytest.mark.parametrize("chunk", (1, 5, 17, 100))
+@pytest.mark.parametrize("temperature", (0.3, 1.0, 1.7))
+@pytest.mark.parametrize("with_entropy, with_bias", ((True, True), (True, False), (False, True)))
+def test_chunked_log_probs_equal_the_plain_formula(monkeypatch, chunk, temperature, with_entropy, with_bias):
+    monkeypatch.setattr(common, "LOGIT_CHUNK", chunk)
+    torch.manual_seed(0)
+    targets, weights = torch.randint(50, (17,)), torch.randn(2, 17, dtype=torch.float64)
+    values, results = [torch.randn(size, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,))], []
+    for formula in (plain_logprobs, lambda *inputs: common.token_logprobs(*inputs, entropy=with_entropy)):
+        hidden, weight, bias = [value.clone().requires_grad_() for value in values]
+        logp, entropy = formula(hidden, weight, bias if with_bias else None, targets, temperature)
+        (weights[0] @ logp + (weights[1] @ entropy if with_entropy else 0)).backward()
+        results.append([logp.detach(), hidden.grad, weight.grad])
+        results[-1] += [entropy.detach()] if with_entropy else []
+        results[-1] += [bias.grad] if with_bias else []
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Watches every tensor that an operation returns, in backward too."""
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            self.numbers = max(self.numbers, tensor.numel() if torch.is_tensor(tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("with_entropy", (True, False))
+def test_logits_exist_for_a_chunk_of_tokens_at_a_time(monkeypatch, with_entropy):
+    monkeypatch.setattr(common, "LOGIT_CHUNK", 4)
+    hidden, weight = torch.randn(64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
+    with Largest() as largest:
+        logp, entropy = common.token_logprobs(hidden, weight, None, torch.arange(64), entropy=with_entropy)
+        (logp + (entropy if with_entropy else 0)).sum().backward()
+    assert largest.numbers == 4 * 1000
+
+
+# ------------------------------------------------------------------------------------------ a batch of rows
+def random_rows(tokenizer, number=12) -> list[Row]:
+    """Rows of random tokens, prompts of 3 to 20 and responses of 1 to 30; each fourth is a demonstration."""
+    rng, rows = random.Random(0), []
+    for i in range(number):
+        prompt = rng.choices(range(len(tokenizer)), k=rng.randint(3, 20))
+        response = rng.choices(range(len(tokenizer)), k=rng.randint(0, 29)) + [tokenizer.eos_token_id]
+        rows.append(Row(SimpleNamespace(prompt=prompt), response, is_demo=i % 4 == 0,
+                        advantage=rng.choice((-0.75, -0.25, 0.5)),
+                        old_logp=-3 - torch.rand(len(response), dtype=torch.float64)))
+    return rows
+
+
+def row_logprobs(model, row: Row, temperature=1.0):
+    """Log-probs and entropy of one row, alone and so without padding, from the whole model's logits."""
+    tokens = torch.tensor([row.problem.prompt + row.response])
+    logp = (model(input_ids=tokens).logits[0] / temperature).log_softmax(dim=-1)
+    logp = logp[len(row.problem.prompt) - 1:-1]  # what predicts each token of the response
+    return logp[range(len(row.response)), row.response], -(logp.exp() * logp).sum(dim=-1)
+
+
+def test_log_probs_do_not_depend_on_padding(tiny_model):
+    model, tokenizer = load(tiny_model)
+    rows = random_rows(tokenizer)
+    batch = common.collate(rows, "cpu")
+    logp, entropy = common.logprobs(model, batch, 0.8, entropy=True)
+    assert logp.shape == entropy.shape == batch.mask.shape
+    assert not logp[~batch.mask].any() and not entropy[~batch.mask].any()
+    for i, row in enumerate(rows):
+        for actual, expected in zip((logp[i], entropy[i]), row_logprobs(model, row, 0.8)):
+            torch.testing.assert_close(actual[:len(row.response)], expected, rtol=1e-9, atol=1e-9)
+
+
+def step_gradient(model, rows, micro_tokens):
+    """Gradient and sums of metrics of an optimiser step on the rows, as in a script's loop."""
+    model.zero_grad()
+    tokens, normaliser, sums = sum(len(row.response) for row in rows), len(rows) * 40, Counter()
+    for part in common.micro_batches(rows, micro_tokens):
+        batch = common.collate(part, "cpu")
+        logp, entropy = common.logprobs(model, batch, 0.9, entropy=True)
+        loss, metrics = luffy_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo,
+                                   normaliser)
+        (loss - 0.01 * entropy.sum() / tokens).backward()
+        sums.update({name: total.item() for name, (total, _) in metrics.items()})
+        sums.update({f"{name} tokens": count.item() for name, (_, count) in metrics.items()})
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, sums
+
+
+@pytest.mark.parametrize("micro_tokens", (1, 60, 170, 10_000))
+def test_gradient_is_the_same_for_every_micro_batch_budget(tiny_model, micro_tokens):
+    model, tokenizer = load(tiny_model)
+    rows = random_rows(tokenizer)
+    whole, metrics = step_gradient(model, rows, 10**9)
+    gradient, sums = step_gradient(model, rows[::-1], micro_tokens)
+    assert sums == pytest.approx(metrics, rel=1e-9)
+    for name in whole:
+        assert whole[name].abs().max() > 1e-6
+        torch.testing.assert_close(gradient[name], whole[name], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("micro_tokens", (1, 25, 60, 100, 170, 10_000))
+def test_micro_batches_hold_every_row_once_and_keep_the_budget(micro_tokens):
+    rows = random_rows(toy.make_tokenizer(), 40)
+    parts = common.micro_batches(rows, micro_tokens)
+    assert Counter(id(row) for part in parts for row in part) == Counter(id(row) for row in rows)
+    for part in parts:
+        assert len(part) == 1 or common.collate(part, "cpu").tokens.numel() <= micro_tokens
+
+
+def test_rows_without_advantage_are_left_out_and_not_missed(make_run, tiny_model, coin_data):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
+    rows = random_rows(run.tokenizer)
+    for row in rows[::2]:
+        row.advantage = 0.0
+    for bonus, used in ((0.0, 6), (0.1, 12)):  # the bonus has a gradient in every row
+        assert sum(len(batch.tokens) for batch in run.micro_batches(rows, bonus)) == used
+
+
+# ---------------------------------------------------------------------------------------------------- EOS
+@pytest.mark.parametrize("pad_is_eos", (False, True))  # as in many tokenizers: no mask may come from tokens
+def test_eos_is_trained_on(tiny_model, pad_is_eos):
+    model, tokenizer = load(tiny_model)
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = [row for row in random_rows(tokenizer) if len(row.response) > 1]
+    batch = common.collate(rows, "cpu")
+    logp, _ = common.logprobs(model, batch, 1.0)
+    logp.retain_grad()
+    loss, _ = luffy_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo)
+    loss.backward()
+    for i, row in enumerate(rows):
+        last = len(row.response) - 1
+        assert batch.mask[i].sum() == last + 1
+        assert batch.tokens[i, batch.positions[i, last]] == tokenizer.eos_token_id
+        assert logp.grad[i, last] != 0
+        assert not logp.grad[i, last + 1:].any()
+
+
+def test_a_cut_response_has_no_eos_and_no_reward(make_run, coin_model, coin_data):
+    """The coin model's answers take 8 tokens with EOS: cut to 7 they have a box, sometimes the right one."""
+    flags = ("--model", coin_model, "--data", coin_data, *SMALL)
+    for limit, right in ((8, True), (7, False)):
+        run = make_run("grpo", *flags, "--max_response", str(limit), "--name", f"limit-{limit}")
+        rows = run.rollout([run.train[0]] * 32)
+        whole = [row for row in rows if row.response[-1] == run.tokenizer.eos_token_id]
+        assert any(r"\boxed{" + run.train[0].answer in run.text(row) for row in rows)
+        assert bool(run.verify(rows).any()) == right
+        assert bool(whole) == right
+        assert max(len(row.response) for row in rows) == limit
+        assert run.sums["response/cut"] == [32 - len(whole), 32]
+        batch = common.collate(rows, "cpu")
+        assert batch.mask.sum(dim=1).tolist() == [len(row.response) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+def rendered(tokenizer, number: int) -> list[list[int]]:
+    """Prompts of many lengths; in ChatML they contain EOS, so that no mask may come from tokens."""
+    rng = random.Random(0)
+    questions = [toy.Chain(rng.randint(1, 7), rng).question("?") for _ in range(number)]
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+                                           add_generation_prompt=True) for question in questions]
+    return tokenizer(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("temperature", (0.6, 1.0, 1.4))
+def test_log_probs_of_generation_equal_those_of_training(tiny_model, temperature):
+    """Prompts of different lengths in one batch (left padding) against each row alone in the trainer."""
+    model, tokenizer = load(tiny_model, torch.float32)
+    # what instruction-tuned models bring in generation_config.json must not bend the sampling
+    model.generation_config.update(top_k=3, top_p=0.5, temperature=0.2, repetition_penalty=1.5, min_p=0.3)
+    prompts = rendered(tokenizer, 24)
+    assert len({len(prompt) for prompt in prompts}) > 3
+    responses = common.TransformersSampler(model, tokenizer).generate(prompts, 60, temperature, seed=1)
+    assert len(responses) == len(prompts)
+    for prompt, (response, sampler_logp) in zip(prompts, responses):
+        row = Row(SimpleNamespace(prompt=prompt), response)
+        logp, _ = common.logprobs(model, common.collate([row], "cpu"), temperature)
+        torch.testing.assert_close(torch.tensor(sampler_logp), logp[0].detach(), rtol=0, atol=1e-5)
+        alone, _ = row_logprobs(model, row, temperature)
+        torch.testing.assert_close(logp[0], alone, rtol=0, atol=1e-5)
+    ends = [response[-1] == tokenizer.eos_token_id for response, _ in responses]
+    assert any(ends) and not all(ends)  # both kinds were there
+    for (response, _), ended in zip(responses, ends):
+        assert response.count(tokenizer.eos_token_id) == ended  # nothing behind EOS
+        assert ended or len(response) == 60
+
+
+def test_sampling_is_from_the_whole_distribution_and_repeats_with_its_seed(tiny_model):
+    model, tokenizer = load(tiny_model, torch.float32)
+    model.generation_config.update(top_k=3, top_p=0.5, temperature=0.2, repetition_penalty=1.5, min_p=0.3)
+    sampler, prompts = common.TransformersSampler(model, tokenizer), rendered(tokenizer, 1) * 3000
+    responses = sampler.generate(prompts, 1, 1.3, seed=0)
+    p = (model(input_ids=torch.tensor(prompts[:1])).logits[0, -1] / 1.3).softmax(dim=-1).detach()
+    counts = Counter(response[0] for response, _ in responses)
+    frequencies = torch.tensor([counts[token] / len(prompts) for token in range(len(p))])
+    torch.testing.assert_close(frequencies, p, rtol=0, atol=0.04)  # four standard deviations at p = 0.5
+    assert sampler.generate(prompts[:50], 9, 1.0, seed=7) == sampler.generate(prompts[:50], 9, 1.0, seed=7)
+    assert sampler.generate(prompts[:50], 9, 1.0, seed=7) != sampler.generate(prompts[:50], 9, 1.0, seed=8)
+
+
+# --------------------------------------------------------------------------------------------------- data
+THOUGHT = "<think>\na=1\n</think>\n\\boxed{1}"
+PLAIN_ROWS = [{"problem": f"a={i};a?", "answer": i, "demonstration": i and THOUGHT or None} for i in range(3)]
+
+
+def openr1_row(question: str) -> dict:
+    """A row with the columns of Elliott/Openr1-Math-46k-8192."""
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": question}]
+    return {"data_source": "math", "prompt": messages,
+            "target": [{"role": "assistant", "content": THOUGHT}], "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "1"}, "extra_info": {"index": 4}}
+
+
+def write(path, rows) -> str:
+    table = datasets.Dataset.from_list(rows)
+    writers = {".csv": table.to_csv, ".parquet": table.to_parquet, ".jsonl": table.to_json,
+               ".json": lambda name: path.write_text(json.dumps(rows))}
+    writers[path.suffix](path)
+    return str(path)
+
+
+@pytest.fixture
+def load_problems(make_run, tiny_model):
+    """The problems of a file, as a run loads them."""
+    def load_file(data: str, *flags: str) -> list:
+        return sorted(make_run("luffy", "--model", tiny_model, "--data", data, *SMALL, *flags).train,
+                      key=lambda problem: problem.index)
+    return load_file
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "json", "csv", "parquet"))
+def test_plain_columns_in_every_kind_of_file(load_problems, tmp_path, kind):
+    problems = load_problems(write(tmp_path / f"rows.{kind}", PLAIN_ROWS))
+    assert [problem.index for problem in problems] == [0, 1, 2]
+    assert [problem.answer for problem in problems] == ["0", "1", "2"]
+    assert [problem.demonstration for problem in problems] == ["", THOUGHT, THOUGHT]
+    assert problems[2].text == "<|im_start|>user\na=2;a?<|im_end|>\n<|im_start|>assistant\n"
+    assert toy.make_tokenizer().decode(problems[2].prompt) == problems[2].text
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "json", "parquet"))
+def test_the_schema_of_the_real_data(load_problems, tmp_path, kind):
+    problem = load_problems(write(tmp_path / f"rows.{kind}", [openr1_row("a?"), openr1_row("b?")]))[1]
+    assert (problem.index, problem.answer, problem.demonstration, problem.part) == (1, "1", THOUGHT, "math")
+    assert problem.text == "<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_rows_that_are_left_out_are_counted_and_named(load_problems, tmp_path, capsys):
+    rows = PLAIN_ROWS + [{"problem": "a" * 200, "answer": 1}, {"problem": "b" * 200, "answer": 1},
+                         {"problem": None, "answer": 1}, {"problem": "a?", "answer": None}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [problem.index for problem in load_problems(data)] == [0, 1, 2]
+    left_out = dict(re.findall(r"left out (\d) of 7 rows (.*)", capsys.readouterr().out))
+    assert sorted(left_out) == ["1", "2"]
+    assert "--max_prompt 40" in left_out["2"]  # and two other lines, each with a reason and a count of 1
+
+
+def test_a_tokenizer_without_template_gets_the_plain_one(make_run, tiny_model, coin_data, tmp_path):
+    model, tokenizer = load(tiny_model, torch.float32)
+    tokenizer.chat_template = None
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    problem = make_run("grpo", "--model", str(tmp_path / "base"), "--data", coin_data, *SMALL,
+                       "--max_prompt", "200").train[0]
+    question = f"a={problem.index:02d};a?"
+    assert problem.text == f"system: {common.SYSTEM}\n\nuser: {question}\n\nassistant: "
+    assert "<think>" in common.SYSTEM and "</think>" in common.SYSTEM and r"\boxed{}" in common.SYSTEM
+
+
+@pytest.mark.parametrize("opened", (False, True))
+def test_a_demonstration_as_the_policy_would_write_it(make_run, tiny_model, tmp_path, opened):
+    """With EOS, without the <think> that the prompt has already, and not at all if it is longer than L."""
+    model, tokenizer = load(tiny_model, torch.float32)
+    if opened:
+        tokenizer.chat_template = toy.TEMPLATE.replace("assistant\n'", "assistant\n<think>\n'")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "rows.jsonl", PLAIN_ROWS)
+    run = make_run("luffy", "--model", str(tmp_path / "model"), "--data", data, *SMALL)
+    problem, = [problem for problem in run.train if problem.index == 1]
+    row = run.demonstration(problem)
+    assert row.is_demo and row.response[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row.response[:-1]) == (THOUGHT.removeprefix("<think>\n") if opened else THOUGHT)
+    assert (problem.text + tokenizer.decode(row.response)).count("<think>") == 1
+    assert run.verify([row]).tolist() == [1.0]
+
+    run.args.max_response = len(row.response)
+    assert run.demonstration(problem).response == row.response
+    assert run.sums["demonstrations/left_out"][0] == 0
+    run.args.max_response -= 1
+    assert run.demonstration(problem) is None
+    assert run.sums["demonstrations/left_out"][0] == 1
+
+
+def order(run, steps: int) -> list[int]:
+    indices = []
+    for run.step in range(1, steps + 1):
+        indices += [problem.index for problem in run.next_problems()]
+    return indices
+
+
+def test_every_epoch_has_every_problem_once_in_the_seeds_order(make_run, tiny_model, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [{"problem": f"a={i};a?", "answer": str(i)} for i in range(7)])
+    flags = ("--model", tiny_model, "--data", str(data), *SMALL, "--prompts", "3")
+    run = make_run("grpo", *flags, "--name", "a")
+    epochs = [order(run, 7)[start:start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    assert order(make_run("grpo", *flags, "--name", "b"), 7) == sum(epochs, [])
+    assert order(make_run("grpo", *flags, "--name", "c", "--seed", "1"), 7) != sum(epochs, [])
+
+
+def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, tmp_path):
+    flags = ("--model", tiny_model, "--data", coin_data, *SMALL)
+    run = make_run("grpo", *flags, "--name", "a")
+    assert len(run.held_out) == 2  # a tenth
+    assert sorted(problem.index for problem in run.train + run.held_out) == list(range(20))
+    rows = [{"problem": "a?", "answer": "1", "data_source": "mine"}]
+    other = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    run = make_run("grpo", *flags, "--name", "b", "--eval_data", other)
+    assert [problem.part for problem in run.held_out] == ["mine"]
+    assert len(run.train) == 20

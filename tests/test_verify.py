@@ -1,0 +1,288 @@
+"""The verifier: right on ordinary answers, and never held up, filled up or ended by a hostile one."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import common
+from common import CRASH, RIGHT, TIMEOUT, UNPARSED, WRONG, boxed_answer
+
+
+def response(answer: str) -> str:
+    return f"<think>\nwell\n</think>\nSo it is \\boxed{{{answer}}}."
+
+
+# ------------------------------------------------------------------------------------------- the box
+@pytest.mark.parametrize("text, answer", (
+    (response("7"), "7"),
+    (response(r"\frac{1}{2}"), r"\frac{1}{2}"),
+    (response(""), ""),
+    (response(r"\{1, 2\}"), r"\{1, 2\}"),          # escaped braces are no braces
+    (response(r"\left\{x\right."), r"\left\{x\right."),
+    (response(r"\\{2}"), r"\\{2}"),                # a line break and then a brace
+    (response("\n7\n"), "\n7\n"),
+    (r"</think>\boxed{1} and \boxed{2}", "2"),     # the last one
+    (r"</think>\boxed{1 \boxed{2}}", "2"),
+    (r"</think>\boxed{1} and \boxed{2", None),     # never closed
+    (r"</think>\boxed{{1}", None),
+    (r"<think>\boxed{1}</think> 1", None),         # a thought is no answer
+    (r"<think>\boxed{1}", None),
+    (r"\boxed{1}", None),                          # no </think>
+    (r"\boxed{1}</think>", None),
+    (r"</think>\boxed{1}</think>\boxed{2}", "2"),
+    (r"</think>\boxed{1}</think>", None),
+    (r"</think>\boxed 1", None),
+    (r"</think>\fbox{1}", None),
+    ("</think>", None),
+    ("", None),
+))
+def test_boxed_answer(text, answer):
+    assert boxed_answer(text) == answer
+
+
+PLAIN = st.text(st.characters(exclude_characters="{}\\")) | st.sampled_from((r"\{", r"\}", r"\\", r"\a"))
+BALANCED = st.recursive(PLAIN, lambda inner: st.lists(inner).map("".join) | inner.map("{{{}}}".format))
+
+
+@given(BALANCED, st.text(st.characters(exclude_characters="\\}")))
+def test_any_balanced_answer_comes_out_whole(answer, after):
+    assert boxed_answer(f"<think></think>\\boxed{{{answer}}}{after}") == answer
+
+
+# ------------------------------------------------------------------------------------- ordinary answers
+@pytest.fixture
+def verifier(monkeypatch):
+    monkeypatch.setattr(common, "ANSWER_SECONDS", 1.0)
+    verifier = common.Verifier(workers=2)
+    yield verifier
+    verifier.close()
+
+
+def test_ordinary_answers(verifier):
+    cases = (
+        ("7", "7", RIGHT), ("7", "8", WRONG), ("07", "7", RIGHT), ("-3", "-3.0", RIGHT), ("-3", "3", WRONG),
+        (r"\frac{1}{2}", "0.5", RIGHT), (r"\frac{1}{2}", "1/2", RIGHT), (r"\frac12", r"\frac13", WRONG),
+        (r"\sqrt{8}", r"2\sqrt{2}", RIGHT), (r"\pi", "3.14", WRONG), ("1,234", "1234", RIGHT),
+        ("x^2-1", "(x-1)(x+1)", RIGHT), ("x^2-1", "(x-1)(x+2)", WRONG), ("(1,2)", "(1, 2)", RIGHT),
+        ("(1,2)", "(2,1)", WRONG), (r"\{1,2\}", r"\{2,1\}", RIGHT), ("7", "", UNPARSED), ("A", "A", RIGHT),
+    )
+    verdicts = verifier([gold for gold, _, _ in cases], [response(answer) for _, answer, _ in cases])
+    assert [(gold, answer, verdict) for (gold, answer, _), verdict in zip(cases, verdicts)] == list(cases)
+
+
+def test_without_a_box_there_is_no_verdict(verifier):
+    assert verifier(["7"] * 3, ["7", r"<think>\boxed{7}", r"<think></think>\boxed{7"]) == [None] * 3
+
+
+def test_the_reference_comes_first(verifier):
+    """math-verify is not symmetric: of these two orders one is right and the other wrong."""
+    assert verifier([r"x>5", r"(5,\infty)"], [response(r"(5,\infty)"), response("x>5")]) == [RIGHT, WRONG]
+
+
+def test_a_thousand_ordinary_answers_take_seconds(verifier):
+    golds = [f"\\frac{{{i}}}{{7}}" if i % 3 else str(i) for i in range(1024)]
+    answers = [f"{i}/7" if i % 3 else f"{i}.0" for i in range(1024)]
+    answers[1::2] = [f"{i + 1}/7" for i in range(1, 1024, 2)]
+    start = time.perf_counter()
+    verdicts = verifier(golds, [response(answer) for answer in answers])
+    assert time.perf_counter() - start < 10  # 1 to 2 on two idle cores
+    assert verdicts[::2] == [RIGHT] * 512
+    assert set(verdicts[1::2]) == {WRONG}
+
+
+# -------------------------------------------------------------------------------------- hostile answers
+def tower(base, height):
+    return "^{".join([str(base)] * height) + "}" * (height - 1)
+
+
+def nested(before, after, depth, inside="1"):
+    return before * depth + inside + after * depth
+
+
+# Shapes with sizes, not strings: each reaches another part of the parser or of the comparison.
+SLOW = {  # longer than the limit
+    "power tower": lambda: tower(9, 4),
+    "higher tower": lambda: tower(7, 12),
+    "tower in a fraction": lambda: rf"\dfrac{{5^{{\left({tower(5, 4)} - 4\right)}} - 5}}{{16}}",
+    "factorial": lambda: "99999999!",
+    "factorials of factorials": lambda: nested("(", ")!", 4, "50"),
+    "binomial": lambda: r"\binom{10^9}{5 \cdot 10^8}",
+    "parentheses": lambda: nested("(", ")", 3000),
+    "fractions": lambda: nested(r"\frac{1}{1+", "}", 400),
+    "roots": lambda: nested(r"\sqrt{1+", "}", 300),
+    "sum": lambda: r"\sum_{k=1}^{10^9} \frac{1}{k^2+k!}",
+    "product": lambda: r"\prod_{k=1}^{10^8} k",
+    "integral": lambda: r"\int_0^1 \sin(x^x)^{x!} e^{\tan(x)} dx",
+    "set": lambda: rf"\{{{','.join(map(str, range(2000)))}\}}",
+    "matrix": lambda: r"\begin{pmatrix}" + ("&".join(["x^9"] * 20) + r"\\") * 20 + r"\end{pmatrix}",
+    "big power": lambda: "2^{16000000000}",
+}
+STRANGE = {  # within the limit or not, but never right
+    "digits": lambda: "7" * 9000,
+    "200,000 digits": lambda: "7" * 200_000,
+    "a megabyte of text": lambda: "a" * 1_000_000,
+    "words": lambda: "yes " * 2000,
+    "NUL": lambda: "1\x001",
+    "lone surrogate": lambda: "\ud800\udc00\udfff1",
+    "controls": lambda: "".join(map(chr, range(1, 32))),
+    "other alphabets": lambda: "\u0660\u4e03\U0001d7d9\u202e" * 500,
+    "line breaks": lambda: "1\n\r\u2028\u0085" * 500,
+    "commas": lambda: "1," * 2000,
+    "plus-minus": lambda: r"1\pm" * 500 + "1",
+    "equations": lambda: "=".join(["1"] * 1000),
+    "bars": lambda: "|" * 2000,
+    "backslashes": lambda: "\\\\" * 2000,
+    "unknown commands": lambda: r"\evil{1}" * 500,
+    "two equations": lambda: r"x^{17}+\sin(x^x)-e^{x!}=\log(x)+17^x",
+}
+HOSTILE = SLOW | STRANGE
+
+
+def test_hostile_answers_cost_at_most_the_limit_each_and_spoil_no_other(verifier):
+    """All of them in one batch with ordinary answers in between: these keep their verdicts."""
+    responses, golds = [], []
+    for shape in HOSTILE.values():
+        responses += [response(shape()), response("41"), response("42")]
+        golds += ["42", "42", "42"]
+    start = time.perf_counter()
+    verdicts = verifier(golds, responses)
+    assert time.perf_counter() - start < len(HOSTILE) * 1.0 / 2 * 1.5 + 10  # 2 workers, 1 second each
+    assert verdicts[1::3] == [WRONG] * len(HOSTILE)
+    assert verdicts[2::3] == [RIGHT] * len(HOSTILE)
+    named = dict(zip(HOSTILE, verdicts[0::3]))
+    assert {name: named[name] for name in SLOW} == {name: TIMEOUT for name in SLOW}
+    assert RIGHT not in named.values()
+
+
+@pytest.mark.parametrize("name", ("power tower", "factorial", "parentheses"))
+def test_a_hostile_reference_costs_no_more(verifier, name):
+    assert verifier([HOSTILE[name](), "42"], [response("42")] * 2) == [TIMEOUT, RIGHT]
+
+
+def test_boxes_without_number_or_end(verifier):
+    start = time.perf_counter()
+    many = "</think>" + r"\boxed{1}" * 20_000 + r"\boxed{7}"
+    endless = ["</think>" + r"\boxed{" * 5000, "</think>" + "{" * 10**6, "</think>" * 10**5]
+    assert verifier(["7"] * 4, [many, *endless]) == [RIGHT, None, None, None]
+    assert time.perf_counter() - start < 10
+
+
+def test_only_so_many_characters_are_read(verifier):
+    answer = "7" + " " * (common.ANSWER_CHARACTERS - 1)
+    assert verifier(["7", "7"], [response(answer), response(answer + " ")]) == [RIGHT, UNPARSED]
+
+
+# ------------------------------------------------------------------------------------------- processes
+def processes() -> dict[int, int]:
+    """The parent of every process that lives: not of zombies, nor of the `ps` that looks."""
+    ps = subprocess.Popen(["ps", "-A", "-o", "pid=,ppid=,stat="], stdout=subprocess.PIPE, text=True)
+    rows = [line.split() for line in ps.communicate()[0].splitlines()]
+    return {int(pid): int(parent) for pid, parent, state in rows if state[0] != "Z" and int(pid) != ps.pid}
+
+
+def descendants(ancestor: int) -> set[int]:
+    found, parents = {ancestor}, processes()
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {ancestor}
+
+
+def wait_for_end(pids: set[int], seconds: float) -> set[int]:
+    """The processes that still live after so many seconds, or at once none."""
+    end = time.monotonic() + seconds
+    while pids & processes().keys() and time.monotonic() < end:
+        time.sleep(0.1)
+    return pids & processes().keys()
+
+
+def test_no_process_is_left_after_close():
+    before = descendants(os.getpid())
+    verifier = common.Verifier(workers=2)
+    workers = descendants(os.getpid()) - before
+    assert len(workers) >= 2
+    assert verifier(["1"], [response("1")]) == [RIGHT]
+    verifier.close()
+    assert not wait_for_end(workers, 5)
+
+
+PROGRAM = f"""
+import sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import common
+common.ANSWER_SECONDS = 2.0
+verifier = common.Verifier(workers=2)
+threading.Thread(target=verifier, args=(["1"], [{response(tower(9, 4))!r}]), daemon=True).start()
+print("begun", flush=True)
+threading.Event().wait()
+"""
+
+
+def test_no_process_is_left_when_the_run_is_killed():
+    """kill -9 in the middle of an endless answer: the workers end themselves."""
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    assert program.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    workers = descendants(program.pid)
+    assert len(workers) >= 4
+    program.kill()
+    program.communicate()
+    assert not wait_for_end(workers, 15)
+
+
+def largest(pids: set[int]) -> float:
+    """Megabytes of memory in the largest of the processes."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,rss="], capture_output=True, text=True).stdout
+    sizes = dict(map(int, line.split()) for line in table.splitlines())
+    return max(sizes.get(pid, 0) for pid in pids) / 1024
+
+
+def test_memory_is_limited(monkeypatch):
+    """2^{16000000000} has two gigabytes."""
+    monkeypatch.setattr(common, "ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr(common, "ANSWER_MEGABYTES", 400)
+    before = descendants(os.getpid())
+    verifier = common.Verifier(workers=1)
+    workers = descendants(os.getpid()) - before
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(verifier, ["1", "1"], [response(HOSTILE["big power"]()), response("1")])
+        sizes = [largest(workers)]
+        while not answer.done():
+            sizes.append(largest(workers))
+            time.sleep(0.05)
+    verifier.close()
+    assert max(sizes) < 400
+    assert answer.result()[0] != RIGHT
+    assert answer.result()[1] == RIGHT
+
+
+@pytest.mark.parametrize("when", ("in the middle of an answer", "between two answers"))
+@pytest.mark.parametrize("which", ("the one that works", "its parent"))
+def test_a_killed_worker_costs_an_answer_at_most(monkeypatch, which, when):
+    """As the system's out-of-memory killer does it: the others keep their verdicts, and nothing is raised."""
+    monkeypatch.setattr(common, "ANSWER_SECONDS", 2.0)
+    before = descendants(os.getpid())
+    verifier = common.Verifier(workers=1)
+    workers = descendants(os.getpid()) - before
+    parent, = [pid for pid in workers if descendants(pid) & workers]
+    working, = workers - {parent}
+    with ThreadPoolExecutor(1) as thread:
+        if when == "in the middle of an answer":
+            answer = thread.submit(verifier, ["1"], [response(tower(9, 4))])
+            time.sleep(0.5)
+        os.kill(working if which == "the one that works" else parent, signal.SIGKILL)
+    time.sleep(0.5)
+    verdicts = [verifier([str(i)], [response(str(i if i % 3 else 7))])[0] for i in range(2, 14)]
+    verifier.close()
+    if when == "in the middle of an answer":
+        assert answer.result()[0] in (CRASH, TIMEOUT)
+    expected = [RIGHT if i % 3 else WRONG for i in range(2, 14)]
+    wrong = [verdict for verdict, right in zip(verdicts, expected) if verdict != right]
+    assert wrong in ([], [CRASH])
+    assert not wait_for_end(workers, 5)
