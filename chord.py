@@ -34,6 +34,7 @@ import torch
 import common
 from common import Row, flag
 from grpo import group_advantages
+from run import Run
 
 PRESETS = {  # --preset: values of flags that are not given themselves
     "mu": {"mu_peak": 0.9, "mu_valley": 0.05, "phi": False},
@@ -45,9 +46,9 @@ PRESETS = {  # --preset: values of flags that are not given themselves
 @dataclass
 class Args(common.Args):
     prompts: int = flag("prompts in a rollout batch", toy=16, real=32)
-    updates: int = flag("optimiser steps on a rollout batch", 1)
-    clip_low: float = flag("lower clip of the ratio, eps", 0.2)
-    clip_high: float = flag("upper clip of the ratio, eps", 0.2)
+    updates: int = flag("optimiser steps on the rows of a step", 1)
+    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2)
+    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2)
     preset: str = flag("CHORD-mu, CHORD-phi, or 'RL with SFT loss' (constant mu, weight 1)", "mu",
                        choices=tuple(PRESETS))
     mu_peak: float = flag("mu after warm-up (default: the preset's)")
@@ -81,26 +82,25 @@ def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout
     Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
     """
     demo = mask.bool() & is_demo.bool()[:, None]                                   # (B, T)
-    on_policy = mask.bool() & ~demo
-    rollout_tokens = on_policy.sum().clamp(min=1) if rollout_tokens is None else max(1, rollout_tokens)
+    mask = mask.bool() & ~demo
+    rollout_tokens = mask.sum().clamp(min=1) if rollout_tokens is None else max(1, rollout_tokens)
     demo_tokens = demo.sum().clamp(min=1) if demo_tokens is None else max(1, demo_tokens)
     advantages = torch.where(is_demo.bool(), 0.0, advantages)[:, None]             # (B, 1)
-    log_ratio = torch.where(on_policy, logp - old_logp, 0.0)
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.exp()                                                        # (1) r
     unclipped = -advantages * ratio                                                # (2) -r A
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -clip(r) A
-    rl_loss = torch.maximum(unclipped, clipped) * on_policy
-    demo_logp = torch.where(demo, logp, 0.0)
-    p = demo_logp.detach().exp()
-    weight = p * (1 - p) if phi else torch.ones_like(p)                            # (4) phi
-    sft_loss = -weight * demo_logp * demo                                          # (5) -phi log p
+    token_loss = torch.maximum(unclipped, clipped) * mask                          # (4) -min(r A, clip(r) A)
+    log_p = torch.where(demo, logp, 0.0)
+    p = log_p.detach().exp()
+    sft_loss = -log_p * demo * (p * (1 - p) if phi else 1)                         # (5) -phi log p
     metrics = {
-        "loss/on_policy": (rl_loss.sum(), on_policy.sum()),
+        "loss/on_policy": (token_loss.sum(), mask.sum()),
         "loss/off_policy": (sft_loss.sum(), demo.sum()),
-        "clip_fraction": (((clipped > unclipped) & on_policy).sum(), on_policy.sum()),
-        "kl/old_policy": (-log_ratio.sum(), on_policy.sum()),
+        "clip_fraction": (((clipped > unclipped) & mask).sum(), mask.sum()),
+        "kl/old_policy": (-log_ratio.sum(), mask.sum()),
     }
-    return (1 - mu) * (rl_loss.sum() / rollout_tokens) + mu * (sft_loss.sum() / demo_tokens), metrics
+    return (1 - mu) * (token_loss.sum() / rollout_tokens) + mu * (sft_loss.sum() / demo_tokens), metrics
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
@@ -108,35 +108,26 @@ def make_batch(run, args, problems, mu) -> tuple[list[Row], list[Row]]:
     """Side by side: n rollouts for each prompt, and demonstrations of a stream of their own."""
     rollouts = run.rollout([problem for problem in problems for _ in range(args.n)] if mu < 1 else [])
     wanted = round(args.expert_share / (1 - args.expert_share) * args.prompts * args.n) if mu > 0 else 0
-    demonstrations, drawn = [], run.state.get("drawn", 0)
-    for tries in range(len(run.train) + wanted + 1):
-        if len(demonstrations) == wanted:
-            break
-        demonstrations += filter(None, map(run.demonstration, run.draw("experts", drawn + tries, 1)))
-    else:
-        common.fail(f"{args.data}: no demonstration in it fits in --max_response {args.max_response} tokens")
-    run.state["drawn"] = drawn + tries
-    for row in demonstrations:
-        row.advantage = 1.0  # imitated, not compared
-    return rollouts, demonstrations
+    return rollouts, run.next_demonstrations(wanted)
 
 
 def main():
     args = common.parse(Args, __doc__)
+    common.check("--expert_share", args.expert_share, 0, 0.99)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None or getattr(args, name) is False:
             setattr(args, name, value)
-    run = common.Run(args)
+    run = Run(args)
     optimizer = run.make_optimizer("rl")
     for step in run.steps():
         mu = mu_schedule(step - 1, args.mu_peak, args.mu_valley, args.mu_warmup, args.mu_decay)
-        rollouts, demonstrations = make_batch(run, args, run.next_problems(), mu)
-        rewards = run.verify(rollouts)
-        groups = torch.tensor([row.problem.index for row in rollouts])
+        rows, demonstrations = make_batch(run, args, run.next_problems(), mu)
+        rewards = run.verify(rows)
+        groups = torch.tensor([row.problem.index for row in rows])
         advantages = group_advantages(rewards, groups, std_normalise=True)
-        for row, advantage in zip(rollouts, advantages.tolist()):
+        for row, advantage in zip(rows, advantages.tolist()):
             row.advantage = advantage
-        rows = rollouts + demonstrations
+        rows += demonstrations
         run.score(rows)  # log-probs of the policy that sampled
         run.log("mu", mu)
         for minibatch in run.minibatches(rows):

@@ -33,6 +33,7 @@ import torch
 
 import common
 from common import Row, flag
+from run import Run
 
 
 @dataclass
@@ -91,7 +92,7 @@ def make_batch(run, args, problems) -> list[Row]:
 
 def main():
     args = common.parse(Args, __doc__)
-    run = common.Run(args)
+    run = Run(args)
     optimizer = run.make_optimizer("rl")
     for step in run.steps():
         rows = make_batch(run, args, run.next_problems())

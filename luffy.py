@@ -34,6 +34,7 @@ import torch
 import common
 from common import Row, flag
 from grpo import group_advantages
+from run import Run
 
 
 @dataclass
@@ -99,7 +100,7 @@ def main():
     args = common.parse(Args, __doc__)
     gamma = None if args.shaping == "none" else args.gamma
     clip = (args.clip_low, args.clip_high) if args.clip else (None, None)
-    run = common.Run(args)
+    run = Run(args)
     optimizer = run.make_optimizer("rl")
     for step in run.steps():
         rows = make_batch(run, args, run.next_problems())

@@ -32,6 +32,7 @@ import torch
 import common
 from common import Row, flag
 from grpo import group_advantages
+from run import Run
 
 
 @dataclass
@@ -92,7 +93,7 @@ def take_from_buffer(buffer: list, new: list, size: int) -> tuple[list, list]:
 
 def main():
     args = common.parse(Args, __doc__)
-    run = common.Run(args)
+    run = Run(args)
     optimizer = run.make_optimizer("rl")
     sft_optimizer = run.make_optimizer("sft")  # with moments of its own, over the same parameters
     by_index = {problem.index: problem for problem in run.train}

@@ -28,7 +28,6 @@ Deviations
 On a CPU, in minutes:   python topr.py
 On a GPU:               python topr.py --model Qwen/Qwen2.5-Math-1.5B
 """
-import json
 import random
 from dataclasses import dataclass
 
@@ -36,86 +35,68 @@ import torch
 
 import common
 from common import Row, flag
+from run import Run
 
 
 @dataclass
 class Args(common.Args):
-    data: str = flag("as in the other scripts; 'toy:easy' is the part of the toy's problems with one step",
+    data: str = flag("as in the other scripts; 'toy:easy' has only the toy's problems of one step",
                      toy="toy:easy", real="Elliott/Openr1-Math-46k-8192")
-    steps: int = flag("optimiser steps (default: those of --iterations)")
-    iterations: int = flag("sets of responses to sample", 5)
-    prompts: int = flag("prompts in a set", toy=192, real=1024)
-    epochs_per_iteration: int = flag("times that a set is gone through", toy=4, real=2)
-    minibatch: int = flag("rows of an optimiser step", toy=128, real=256)
-    updates: int = flag("optimiser steps on a mini-batch", 1)
     lr: float = flag("learning rate of AdamW", toy=3e-4, real=1e-6)
     eval_every: int = flag("steps between evaluations on held-out problems", toy=48, real=64)
+    prompts: int = flag("prompts in a set", toy=192, real=1024)
+    iterations: int = flag("sets to sample", 5)
+    epochs_per_iteration: int = flag("times that a set is gone through", toy=4, real=2)
+    minibatch: int = flag("rows of a step, which --updates optimiser steps share", toy=128, real=512)
+    steps: int = flag("mini-batches to train on (default: those of --iterations)")
     weights: str = flag("of the responses", "topr", choices=("topr", "tis", "reinforce", "ppo"))
     baseline: float = flag("c, between -1 and 1", 0.0)
-    clip: float = flag("of --weights ppo, eps", 0.2)
+    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2)
+    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2)
     offline: str = flag("file with columns problem, answer, response to train on instead of sampling", "")
     save_rollouts: bool = flag("keep the sets in runs/<name>/rollouts.jsonl, which --offline can read", False)
 
 
 # ---------------------------------------------------------------------------------------------- the loss
-def topr_loss(logp, old_logp, rewards, mask, normaliser=None, weights="topr", clip=0.2):
+def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr", clip_low=0.2, clip_high=0.2):
     """-J of the formula at the top: arXiv:2503.14286, whose eq. 8 is its gradient.
 
     logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled.
-    rewards (B,): R minus the baseline. mask (B, T): 1 on response tokens up to and including EOS.
+    advantages (B,): R, the baseline subtracted. mask (B, T): 1 on response tokens up to and including EOS.
     normaliser: what the sum over responses is divided by, B (or B * L) of the *whole* optimiser step: then
         the losses of its micro-batches add up. By default B of these tensors.
-    weights: 'topr', 'tis', 'reinforce' or 'ppo', which clips ratios at 1 - clip and 1 + clip.
+    weights: 'topr', 'tis', 'reinforce' or 'ppo', for which alone there are clip_low and clip_high.
     Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
     """
     mask = mask.bool()
     normaliser = len(mask) if normaliser is None else normaliser
-    log_ratio = torch.where(mask, logp - old_logp, 0.0)                            # (B, T)
-    response_logp = torch.where(mask, logp, 0.0).sum(dim=1)                        # (1) Σ_t m log π
-    tapered = log_ratio.detach().sum(dim=1).clamp(max=0).exp()                     # (2) min(1, π/π_old)
+    log_ratio = torch.where(mask, logp - old_logp, 0.0)
+    tapered = log_ratio.detach().sum(dim=1).clamp(max=0).exp()                     # (1) min(1, π/π_old)
     if weights == "ppo":
-        ratio = log_ratio.exp()
-        advantages = rewards[:, None]
-        token_loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)) * mask
-        loss = token_loss.sum(dim=1)
+        ratio = log_ratio.clamp(max=60).exp()  # at infinity the gradient would be 0 * inf
+        unclipped = -advantages[:, None] * ratio
+        clipped = -advantages[:, None] * ratio.clamp(1 - clip_low, 1 + clip_high)
+        loss = (torch.maximum(unclipped, clipped) * mask).sum(dim=1)
     else:
         full = torch.ones_like(tapered)
-        topr = torch.where(rewards >= 0, full, tapered)
-        weight = {"topr": topr, "tis": tapered, "reinforce": full}[weights]
-        loss = -weight * rewards * response_logp                                   # (3) -w R Σ_t m log π
-    negative = rewards < 0
+        topr = torch.where(advantages >= 0, full, tapered)
+        weight = {"topr": topr, "tis": tapered, "reinforce": full}[weights]        # (2) w
+        loss = -weight * advantages * torch.where(mask, logp, 0.0).sum(dim=1)      # (3) -w R Σ_t m log π
+    negative = advantages < 0
     metrics = {
         "weight/negatives": (tapered[negative].sum(), negative.sum()),
         "kl/old_policy": (-log_ratio.sum(), mask.sum()),
     }
-    return loss.sum() / normaliser, metrics
+    return loss.sum() / normaliser, metrics                                        # (4) sum / B
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def read_offline(run, args) -> list[Row]:
-    """The responses of --offline that end within --max_response tokens."""
-    if "response" not in run.train[0].row:
-        common.fail(f"--offline {args.offline}: it has no column `response`")
-    rows = [Row(problem, run.encode(problem, problem.row["response"] or "")) for problem in run.train]
-    fitting = [row for row in rows if len(row.response) <= args.max_response]
-    print(f"{args.offline}: left out {len(rows) - len(fitting)} responses of more than --max_response tokens")
-    return fitting
-
-
-def save_rollouts(run, rows: list[Row]):
-    """Appends the finished responses to rollouts.jsonl, which --offline can read."""
-    with open(run.folder / "rollouts.jsonl", "a") as file:
-        for row in filter(run.ended, rows):
-            kept = {"answer": row.problem.answer, "response": run.text(row)}
-            file.write(json.dumps({"problem": row.problem.text} | row.problem.row | kept) + "\n")
-
-
-def prepare(run, args, rows: list[Row]) -> list[Row]:
-    """Verifies an iteration's set and stores the log-probs of the policy at its start."""
+def make_set(run, args, rows) -> list[Row]:
+    """An iteration's responses with R - c and with the log-probs of the policy at its start."""
     rewards = run.verify(rows)
     for row, reward in zip(rows, rewards.tolist()):
         row.advantage = 2 * reward - 1 - args.baseline                             # R = ±1, minus c
-    run.score(rows)
+    run.score(rows)  # log-probs of the policy that sampled
     p, c = rewards.mean().item(), args.baseline
     run.log("positives", p)
     run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
@@ -129,45 +110,36 @@ def make_batch(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
     return order[number * size:(number + 1) * size]
 
 
-def pack(row: Row) -> dict:
-    """A row as plain values, for a checkpoint."""
-    return {"index": row.problem.index, "response": row.response, "sampler_logp": row.sampler_logp,
-            "advantage": row.advantage, "old_logp": row.old_logp}
-
-
-def unpack(packed: dict, problems: dict) -> Row:
-    return Row(problems[packed["index"]], **{name: packed[name] for name in packed.keys() - {"index"}})
-
-
 def main():
     args = common.parse(Args, __doc__, smallest_n=1)
+    common.check("--baseline", args.baseline, -0.99, 0.99)
     if args.offline:
         args.data, args.iterations = args.offline, 1
-    run = common.Run(args)
+    run = Run(args)
     optimizer = run.make_optimizer("rl")
-    offline = read_offline(run, args) if args.offline else []
+    offline = run.read_offline() if args.offline else []
     steps_per_epoch = -(-(len(offline) or args.prompts * args.n) // args.minibatch)
     steps_per_iteration = steps_per_epoch * args.epochs_per_iteration
     args.steps = args.steps or args.iterations * steps_per_iteration
-    by_index = {problem.index: problem for problem in run.train}
-    rows = [unpack(packed, by_index) for packed in run.state.get("set", [])]
+    collected = run.unpack(run.state.get("set", []))
     for step in run.steps():
         iteration, place = divmod(step - 1, steps_per_iteration)
         if place == 0:
             problems = run.draw("prompts", iteration * args.prompts, args.prompts)
             rows = offline or run.rollout([problem for problem in problems for _ in range(args.n)])
-            rows = prepare(run, args, rows)
-            run.state["set"] = [pack(row) for row in rows]
+            collected = make_set(run, args, rows)
+            run.state["set"] = run.pack(collected)
             if args.save_rollouts:
-                save_rollouts(run, rows)
-        batch_rows = make_batch(rows, args.minibatch, place, f"{args.seed} {iteration}")
-        for minibatch in run.minibatches(batch_rows):
+                run.save_rollouts(collected)
+        rows = make_batch(collected, args.minibatch, place, f"{args.seed} {iteration}")
+        for minibatch in run.minibatches(rows):
+            tokens = sum(len(row.response) for row in minibatch)
             normaliser = len(minibatch) * args.max_response
-            for batch in run.micro_batches(minibatch):
-                logp, _ = run.logprobs(batch)
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)
                 loss, metrics = topr_loss(logp, batch.old_logp, batch.advantages, batch.mask,
-                                          normaliser, args.weights, args.clip)
-                run.backward(loss, metrics)
+                                          normaliser, args.weights, args.clip_low, args.clip_high)
+                run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
             run.optimizer_step(optimizer, minibatch)
         run.end_step()
     run.end()

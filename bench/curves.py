@@ -6,8 +6,8 @@
     python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"   # the harder base, see toy.py
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
 
-One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step, seconds of
-training until then (evaluation not counted), accuracy per slice, entropy and response length of the step.
+One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step, seconds
+of training until then (evaluation not counted), accuracy per slice, entropy and response length of the step.
 """
 import argparse
 import json
@@ -70,9 +70,11 @@ def draw(evaluations: list[dict], path: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), constrained_layout=True)
-    panels = [("accuracy/hard", "step", "hard problems: 4, 5 steps"), ("accuracy/easy", "step", "easy problems: 1 step"),
+    panels = [("accuracy/hard", "step", "hard problems: 4, 5 steps"),
+              ("accuracy/easy", "step", "easy problems: 1 step"),
               ("accuracy/ood", "step", "out of distribution: 6, 7 steps"),
-              ("accuracy/hard", "seconds", "hard problems against time"), ("entropy", "step", "entropy of the rollouts"),
+              ("accuracy/hard", "seconds", "hard problems against time"),
+              ("entropy", "step", "entropy of the rollouts"),
               ("response/length", "step", "length of the rollouts"),
               ("accuracy/easy", "step", "TOPR: easy problems, 5 sets x 48 updates"),
               ("entropy", "step", "TOPR: entropy of the rollouts")]
@@ -123,7 +125,8 @@ def main():
                 with open(RESULTS, "a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in evaluations)
     lines = [json.loads(line) for line in open(RESULTS)]
-    draw([line for line in lines if line["q"] == 0.02 and line["base_seed"] == 0], RESULTS.with_suffix(".png"))
+    drawn = [line for line in lines if line["q"] == 0.02 and line["base_seed"] == 0]
+    draw(drawn, RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

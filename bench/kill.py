@@ -3,8 +3,8 @@
     python bench/kill.py                                # all five scripts, 20 kills or more
     python bench/kill.py --scripts relift --kills 3
 
-On the CPU everything but timings must be the same to the bit: metrics.jsonl, samples.jsonl, the final weights. A
-checkpoint is written after every step, so that many kills fall into the writing of one.
+On the CPU everything but timings must be the same to the bit: metrics.jsonl, samples.jsonl, the final weights.
+A checkpoint is written after every step, so that many kills fall into the writing of one.
 """
 import argparse
 import json
@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FLAGS = ["--data", "toy", "--steps", "8", "--prompts", "8", "--n", "4", "--eval_every", "3", "--save_every", "1",
-         "--device", "cpu", "--name", "run"]
+FLAGS = ["--data", "toy", "--steps", "8", "--prompts", "8", "--n", "4", "--eval_every", "3",
+         "--save_every", "1", "--device", "cpu", "--name", "run"]
 EXTRA = {"relift": ["--sft_batch", "4"],
          "topr": ["--minibatch", "8", "--epochs_per_iteration", "1", "--save_rollouts"]}
 
@@ -32,15 +32,16 @@ def tiny_model(folder: Path) -> Path:
     tokenizer = toy.make_tokenizer()
     torch.manual_seed(0)
     toy.Qwen2ForCausalLM(toy.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=128, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )).save_pretrained(folder)
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=128, max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def start(script: str, model: Path, folder: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, ROOT / f"{script}.py", "--model", model, *FLAGS, *EXTRA.get(script, []), *flags]
+    command = [sys.executable, ROOT / f"{script}.py", "--model", model, *FLAGS,
+               *EXTRA.get(script, []), *flags]
     return subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

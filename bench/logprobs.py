@@ -1,6 +1,6 @@
 """Memory and time of common.token_logprobs against the plain formula, forward and backward, as ratios.
 
-    python bench/logprobs.py                     # 1 x 4,096 tokens, vocabulary 151,936, hidden 256: needs 12 GB
+    python bench/logprobs.py         # 1 x 4,096 tokens, vocabulary 151,936, hidden 256: needs 12 GB
 
 Each measurement is a process of its own; both run in turn, so that the machine's noise meets both.
 """
@@ -55,8 +55,8 @@ def main():
             print(f"{kind}: {figures[kind][0]:.1f} processor seconds, {figures[kind][1]:.0f} MB", flush=True)
         seconds.append(figures["chunked"][0] / figures["plain"][0])
         megabytes.append(figures["chunked"][1] / figures["plain"][1])
-    print(f"chunked / plain: time {statistics.median(seconds):.2f} (of {', '.join(f'{s:.2f}' for s in seconds)}), "
-          f"memory {statistics.median(megabytes):.2f}")
+    print(f"chunked / plain: time {statistics.median(seconds):.2f} "
+          f"({', '.join(f'{s:.2f}' for s in seconds)}), memory {statistics.median(megabytes):.2f}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
+from run import Run  # noqa: E402
 import toy  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors lose by threads
@@ -38,8 +39,9 @@ def golden(method: str, *names: str):
 def tensors(case: dict, *names: str) -> list[torch.Tensor]:
     """Inputs of a case in its dtype; masks as the official code got them, int64; groups as numbers."""
     inputs, dtype = case["inputs"], getattr(torch, case["dtype"])
+    groups = sorted(set(inputs["group"]))
     integer = {"mask": inputs["mask"], "prefix_mask": inputs.get("prefix_mask"),
-               "is_expert": inputs.get("is_expert"), "group": [ord(name) for name in inputs["group"]]}
+               "is_expert": inputs.get("is_expert"), "group": [groups.index(name) for name in inputs["group"]]}
     return [torch.tensor(integer[name]) if name in integer else torch.tensor(inputs[name], dtype=dtype)
             for name in names]
 
@@ -133,12 +135,12 @@ def command_line(tmp_path, monkeypatch):
 
 @pytest.fixture
 def make_run(command_line):
-    """Builds a common.Run from a command line, as the first lines of a script's main() do."""
+    """Builds a Run from a command line, as the first lines of a script's main() do."""
     runs = []
 
-    def make(script: str, *flags: str) -> common.Run:
+    def make(script: str, *flags: str) -> Run:
         module = command_line(script, *flags)
-        runs.append(common.Run(common.parse(module.Args, module.__doc__)))
+        runs.append(Run(common.parse(module.Args, module.__doc__)))
         return runs[-1]
 
     yield make

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import chord
 import common
+from run import Run
 from chord import chord_loss, make_batch, mu_schedule
 from common import Row
 from grpo import grpo_loss
@@ -213,7 +214,7 @@ def shared_run(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["chord.py", *flags, "--max_response", "12", "--expert_share", "0.2"])
-        run = common.Run(common.parse(chord.Args, chord.__doc__))
+        run = Run(common.parse(chord.Args, chord.__doc__))
     yield run
     run.verifier.close()
 

@@ -12,6 +12,7 @@ from conftest import SMALL, load, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import rollout
 import toy
 from common import Row
 from luffy import luffy_loss
@@ -196,7 +197,7 @@ def test_log_probs_of_generation_equal_those_of_training(tiny_model, temperature
     model.generation_config.update(top_k=3, top_p=0.5, temperature=0.2, repetition_penalty=1.5, min_p=0.3)
     prompts = rendered(tokenizer, 24)
     assert len({len(prompt) for prompt in prompts}) > 3
-    responses = common.TransformersSampler(model, tokenizer).generate(prompts, 60, temperature, seed=1)
+    responses = rollout.TransformersSampler(model, tokenizer).generate(prompts, 60, temperature, seed=1)
     assert len(responses) == len(prompts)
     for prompt, (response, sampler_logp) in zip(prompts, responses):
         row = Row(SimpleNamespace(prompt=prompt), response)
@@ -214,7 +215,7 @@ def test_log_probs_of_generation_equal_those_of_training(tiny_model, temperature
 def test_sampling_is_from_the_whole_distribution_and_repeats_with_its_seed(tiny_model):
     model, tokenizer = load(tiny_model, torch.float32)
     model.generation_config.update(top_k=3, top_p=0.5, temperature=0.2, repetition_penalty=1.5, min_p=0.3)
-    sampler, prompts = common.TransformersSampler(model, tokenizer), rendered(tokenizer, 1) * 3000
+    sampler, prompts = rollout.TransformersSampler(model, tokenizer), rendered(tokenizer, 1) * 3000
     responses = sampler.generate(prompts, 1, 1.3, seed=0)
     p = (model(input_ids=torch.tensor(prompts[:1])).logits[0, -1] / 1.3).softmax(dim=-1).detach()
     counts = Counter(response[0] for response, _ in responses)

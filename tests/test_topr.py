@@ -8,7 +8,7 @@ from conftest import SMALL, assert_golden, golden, read_jsonl, run_script, tenso
 
 from common import Row, collate
 from relift import sft_loss
-from topr import make_batch, pack, prepare, topr_loss, unpack
+from topr import make_batch, make_set, topr_loss
 
 WEIGHTS = ("topr", "tis", "reinforce", "ppo")
 
@@ -64,7 +64,7 @@ def plain(weights, logp, old_logp, reward, clip):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_every_choice_of_weights_equals_its_plain_formula(weights):
     logp, old_logp, rewards, mask = some_rows()
-    loss, _ = topr_loss(logp.requires_grad_(), old_logp, rewards, mask, 3.0, weights, 0.15)
+    loss, _ = topr_loss(logp.requires_grad_(), old_logp, rewards, mask, 3.0, weights, 0.15, 0.15)
     loss.backward()
     total, gradient = 0.0, torch.zeros_like(logp)
     for i, size in enumerate(mask.sum(dim=1).tolist()):
@@ -195,7 +195,7 @@ def test_a_set_is_verified_once_and_keeps_its_log_probs(topr_run):
     for c in (0.0, 0.5, -0.5, 0.9):
         run.args.baseline = c
         run.sums.clear()
-        assert prepare(run, run.args, rows) == rows
+        assert make_set(run, run.args, rows) == rows
         expected = [1 - c if correct else -1 - c for correct in right]
         assert [row.advantage for row in rows] == pytest.approx(expected)
         positive = sum(weight for weight in expected if weight > 0)
@@ -210,11 +210,11 @@ def test_a_set_is_verified_once_and_keeps_its_log_probs(topr_run):
 
 def test_a_set_comes_back_from_a_checkpoint_as_it_was(topr_run, tmp_path):
     run = topr_run
-    rows = prepare(run, run.args, run.rollout(run.train[:5] * 2))
+    rows = make_set(run, run.args, run.rollout(run.train[:5] * 2))
     assert {row.advantage for row in rows} == {1.0, -1.0}
-    torch.save([pack(row) for row in rows], tmp_path / "set.pt")
+    torch.save(run.pack(rows), tmp_path / "set.pt")
     packed = torch.load(tmp_path / "set.pt", weights_only=True)
-    again = [unpack(entry, {problem.index: problem for problem in run.train}) for entry in packed]
+    again = run.unpack(packed)
     assert len(again) == len(rows)
     for old, new in zip(rows, again):
         assert new.problem is old.problem

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import verification
 import toy
 
 TRAIN, HELD_OUT = toy.make_rows()
@@ -142,11 +143,11 @@ def test_demonstrations_are_right_line_by_line():
 
 
 def test_demonstrations_verify():
-    verifier = common.Verifier()
+    verifier = verification.Verifier()
     golds = [row["reward_model"]["ground_truth"] for row in ROWS[::10]]
     verdicts = verifier(golds, [demonstration(row) for row in ROWS[::10]])
     verifier.close()
-    assert set(verdicts) == {common.RIGHT}
+    assert set(verdicts) == {verification.RIGHT}
 
 
 def test_share_of_terse_demonstrations():

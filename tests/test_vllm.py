@@ -16,6 +16,8 @@ import transformers
 from conftest import SMALL, read_jsonl, run_script, save_model, write_jsonl
 
 import common
+import rollout
+import run
 import toy
 from common import Row
 
@@ -51,7 +53,7 @@ def folder(tmp_path_factory) -> str:
 def engine(folder):
     """The sampler and the trainer's model, and the weights with which both begin."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    sampler = common.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3)
+    sampler = rollout.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3)
     return SimpleNamespace(sampler=sampler, model=model, weights=copy.deepcopy(model.state_dict()))
 
 
@@ -186,7 +188,7 @@ def without_seconds(folder) -> list[dict]:
 
 def test_two_steps_of_luffy_stay_in_step_with_the_trainer(two_steps):
     gaps = [line["sampler_gap"] for line in read_jsonl(two_steps / "metrics.jsonl") if "sampler_gap" in line]
-    assert len(gaps) == 2 and max(gaps) < common.STALE[DEVICE]
+    assert len(gaps) == 2 and max(gaps) < run.STALE[DEVICE]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels of a GPU need not repeat to the bit")

@@ -1,0 +1,118 @@
+"""Sampling responses: with transformers on a CPU, with vLLM on a GPU.
+
+Both have two methods. generate(prompts, max_tokens, temperature, seed) takes token ids and returns, for each
+prompt, the token ids of one response and their log-probs; update(model) hands the trainer's weights over.
+"""
+import os
+
+import torch
+import transformers
+
+from common import fail
+
+
+class Recorder(transformers.LogitsProcessor):
+    """Keeps the log-prob of each token that `generate` samples, without (rows, tokens, vocabulary) scores."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.logp, self.sampled = temperature, None, []
+
+    def __call__(self, tokens, logits):  # called before each token is sampled
+        self.take(tokens)
+        self.logp = (logits.float() / self.temperature).log_softmax(dim=-1)  # (rows, vocabulary)
+        return logits
+
+    def take(self, tokens):
+        """Of the last column of tokens, which the distribution of the call before has sampled."""
+        if self.logp is not None:
+            self.sampled.append(self.logp.gather(1, tokens[:, -1:]))
+
+
+class TransformersSampler:
+    """Rollout with transformers, on the trainer's own model and so always in step with it."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        model.generation_config = transformers.GenerationConfig(  # no top_k, min_p or penalty of its own
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int):
+        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens)."""
+        self.model.eval()
+        torch.manual_seed(seed)
+        pad, eos, width = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, max(map(len, prompts))
+        tokens = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        valid = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        recorder = Recorder(temperature)
+        tokens = self.model.generate(
+            input_ids=tokens.to(self.model.device), attention_mask=valid.to(self.model.device),
+            max_new_tokens=max_tokens, do_sample=True, temperature=temperature, top_p=1.0, top_k=0,
+            logits_processor=[recorder])
+        recorder.take(tokens)
+        responses = []
+        for response, logp in zip(tokens[:, width:].tolist(), torch.cat(recorder.sampled, dim=1).tolist()):
+            length = response.index(eos) + 1 if eos in response else len(response)
+            responses.append((response[:length], logp[:length]))
+        return responses
+
+    def update(self, model):
+        """Hands the trainer's weights over: here they are the same."""
+
+
+class VLLMSampler:
+    """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
+
+    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float):
+        """An engine for the model's architecture. Its weights are random until update() hands them over."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the import reads both
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            import vllm
+        except ImportError as error:
+            fail(f"--rollout vllm: vLLM cannot be imported: {error}")
+        self.settings, self.eos = vllm.SamplingParams, tokenizer.eos_token_id
+        self.on_cpu = model.device.type == "cpu"
+        if self.on_cpu:  # after a chunk of a prompt a seed's generator is rewound, which only CUDA's can
+            options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30,
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}
+        else:
+            options = {"dtype": "bfloat16", "enable_sleep_mode": True,
+                       "gpu_memory_utilization": gpu_memory_utilization}
+        positions = ("rope_parameters", "max_position_embeddings")  # which the trainer may have changed
+        try:
+            self.engine = vllm.LLM(
+                model.name_or_path, load_format="dummy", skip_tokenizer_init=True,
+                hf_overrides={name: getattr(model.config, name) for name in positions},
+                logprobs_mode="processed_logprobs",  # processed: after the temperature
+                max_model_len=max_model_len, **options)
+        except Exception as error:  # whatever vLLM says of the model, the card and its memory is passed on
+            fail(f"--rollout vllm, --gpu_memory_utilization {gpu_memory_utilization}: {error}")
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int):
+        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens)."""
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        settings = [self.settings(
+            temperature=temperature, max_tokens=max_tokens, logprobs=0, detokenize=False,
+            seed=(seed * 1_000_003 + index) % 2**63,     # of its own, whatever else is in the batch
+            ignore_eos=True, stop_token_ids=[self.eos],  # the trainer's, and none of generation_config.json
+        ) for index in range(len(prompts))]
+        self.engine.wake_up()
+        results = self.engine.generate(requests, settings, use_tqdm=False)
+        # Level 1 keeps the weights in host memory, so that the engine always wakes with the last hand-over's.
+        # Level 2 drops them: a rollout after an evaluation, without a hand-over between, would be noise.
+        self.engine.sleep(level=1)
+        responses = []
+        for result in results:
+            tokens, steps = result.outputs[0].token_ids, result.outputs[0].logprobs
+            responses.append((list(tokens), [step[token].logprob for token, step in zip(tokens, steps)]))
+        return responses
+
+    def update(self, model):
+        """Hands the trainer's weights over, cast and in place."""
+        self.engine.wake_up(["weights"])
+        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.on_cpu:  # whose kernels read a packed copy of the head, stale where the head is the embedding
+            self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        self.engine.reset_prefix_cache()  # keys and values of the old weights
