@@ -41,6 +41,8 @@ def explain(kind, error, trace):
         print(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}", file=sys.stderr)
     elif "No space left" in str(error) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
         print(f"cannot write: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -92,10 +92,10 @@ class Run:
             if self.args.resume:
                 old = json.loads((folder / "args.json").read_text())
                 fixed = sorted(settings.keys() - {"resume", "steps", "name"})
-                changed = [key for key in fixed if old[key] != settings[key]]
+                changed = [key for key in fixed if old.get(key) != settings[key]]
                 if changed:
                     fail(f"{folder} was begun with other arguments: "
-                         + ", ".join(f"{key} {old[key]}, not {settings[key]}" for key in changed))
+                         + ", ".join(f"{key} {old.get(key)}, not {settings[key]}" for key in changed))
             folder.mkdir(parents=True, exist_ok=True)
             settings |= {"name": name, "resume": False}
             (folder / "args.json").write_text(json.dumps(settings, indent=2))
