@@ -201,7 +201,9 @@ def read_problem(row: dict) -> tuple[list[dict], str, str, str]:
     if "prompt" in row:  # the schema of Elliott/Openr1-Math-46k-8192
         messages, target, gold = row["prompt"], row.get("target"), row.get("reward_model")
         answer = gold.get("ground_truth") if isinstance(gold, dict) else None
-        demonstration = target[0].get("content") if isinstance(target, list) and target else target
+        if isinstance(target, list):
+            target = target[0].get("content") if target and isinstance(target[0], dict) else None
+        demonstration = target
     else:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row.get("problem")}]
         answer, demonstration = row.get("answer"), row.get("demonstration")
@@ -213,7 +215,9 @@ def read_problem(row: dict) -> tuple[list[dict], str, str, str]:
             raise ValueError("whose problem is empty or not text")
     if not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError("without an answer")
-    return messages, str(answer), demonstration or "", str(row.get("data_source") or "held_out")
+    if not isinstance(demonstration, str):
+        demonstration = ""
+    return messages, str(answer), demonstration, str(row.get("data_source") or "held_out")
 
 
 def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt: int) -> list[Problem]:
@@ -246,7 +250,7 @@ def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt
     for problem in problems:
         if verdicts[problem.answer] != RIGHT:
             left_out["whose answer math-verify does not find equal to itself"] += 1
-        if problem.demonstration and boxed_answer(str(problem.demonstration)) is None:
+        if problem.demonstration and boxed_answer(problem.demonstration) is None:
             unboxed += 1
             problem.demonstration = ""
     problems = [problem for problem in problems if verdicts[problem.answer] == RIGHT]

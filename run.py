@@ -171,8 +171,9 @@ class Run:
         args, seed = self.args, self.args.seed * 1_000_003 + self.step
         with self.timer("rollout"):
             rows = self.generate(problems, args.max_response, args.temperature, seed)
-        self.log("response/length", sum(len(row.response) for row in rows), len(rows))
-        self.log("response/cut", sum(not self.ended(row) for row in rows), len(rows))
+        if rows:
+            self.log("response/length", sum(len(row.response) for row in rows), len(rows))
+            self.log("response/cut", sum(not self.ended(row) for row in rows), len(rows))
         return rows
 
     def ended(self, row: Row) -> bool:
@@ -256,8 +257,9 @@ class Run:
             self.log("reward/demonstrations" if row.is_demo else "reward", row.reward)
             if not row.is_demo:
                 groups[row.problem.index].append(row.reward)
-        self.log("groups/all_right", sum(min(rewards) == 1 for rewards in groups.values()), len(groups))
-        self.log("groups/all_wrong", sum(max(rewards) == 0 for rewards in groups.values()), len(groups))
+        if groups:
+            self.log("groups/all_right", sum(min(rewards) == 1 for rewards in groups.values()), len(groups))
+            self.log("groups/all_wrong", sum(max(rewards) == 0 for rewards in groups.values()), len(groups))
         self.log("verifier/no_box", verdicts.count(None), 0)
         self.log("verifier/unparsed", verdicts.count(UNPARSED), 0)
         self.log("verifier/timeouts", verdicts.count(TIMEOUT), 0)

@@ -65,43 +65,43 @@ def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[
 
 
 def draw(evaluations: list[dict], path: Path):
+    """Mean over seeds, and the range between the lowest and the highest as a band."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    topr = [line for line in evaluations if line["method"].startswith("TOPR")]
+    hard_base = [line for line in evaluations if line["q"] == 0.01]
+    others = [line for line in evaluations if line["q"] == 0.02 and line not in topr]
+    panels = [
+        (others, "accuracy/hard", "step", "hard problems: 4 or 5 steps"),
+        (others, "accuracy/easy", "step", "easy problems: 1 step"),
+        (others, "accuracy/ood", "step", "out of distribution: 6 or 7 steps"),
+        (others, "accuracy/hard", "seconds", "hard problems against time"),
+        (others, "entropy", "step", "entropy of the rollouts"),
+        (others, "response/length", "step", "length of the rollouts"),
+        (hard_base, "accuracy/hard", "step", "hard problems, doors of 0.01 instead of 0.02"),
+        (topr, "accuracy/easy", "step", "TOPR, easy problems: 5 sets x 48 updates"),
+    ]
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), constrained_layout=True)
-    panels = [("accuracy/hard", "step", "hard problems: 4, 5 steps"),
-              ("accuracy/easy", "step", "easy problems: 1 step"),
-              ("accuracy/ood", "step", "out of distribution: 6, 7 steps"),
-              ("accuracy/hard", "seconds", "hard problems against time"),
-              ("entropy", "step", "entropy of the rollouts"),
-              ("response/length", "step", "length of the rollouts"),
-              ("accuracy/easy", "step", "TOPR: easy problems, 5 sets x 48 updates"),
-              ("entropy", "step", "TOPR: entropy of the rollouts")]
-    runs = defaultdict(lambda: defaultdict(list))
-    for line in evaluations:
-        runs[line["method"]][line["step"]].append(line)
-    for axis, (metric, against, title) in zip(axes.flat, panels):
-        for method, steps in runs.items():
-            script, _, colour = METHODS[method]
-            if (script == "topr") != title.startswith("TOPR"):
-                continue
-            points = []
-            for lines in steps.values():
-                values = [line[metric] for line in lines if metric in line]
-                if values:
-                    x = statistics.mean(line[against] for line in lines)
-                    points.append((x, statistics.mean(values), min(values), max(values)))
+    for axis, (lines, metric, against, title) in zip(axes.flat, panels):
+        for method, (_, _, colour) in METHODS.items():
+            points = defaultdict(list)
+            for line in lines:
+                if line["method"] == method and metric in line:
+                    points[line["step"]].append(line)
             if points:
-                x, mean, low, high = zip(*sorted(points))
-                axis.plot(x, mean, color=colour, label=method)
+                x = [statistics.mean(line[against] for line in points[step]) for step in sorted(points)]
+                values = [[line[metric] for line in points[step]] for step in sorted(points)]
+                axis.plot(x, [statistics.mean(v) for v in values], color=colour, label=method)
+                low, high = [min(v) for v in values], [max(v) for v in values]
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("optimiser steps" if against == "step" else "seconds of training, one CPU thread")
         if metric.startswith("accuracy"):
             axis.set_ylim(-0.03, 1.03)
-    axes[0, 0].legend(fontsize=8)
-    axes[1, 2].legend(fontsize=8)
+    for axis in (axes[0, 1], axes[1, 2], axes[1, 3]):
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -124,9 +124,7 @@ def main():
             for evaluations in pool.map(lambda job: train(*job), jobs):
                 with open(RESULTS, "a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in evaluations)
-    lines = [json.loads(line) for line in open(RESULTS)]
-    drawn = [line for line in lines if line["q"] == 0.02 and line["base_seed"] == 0]
-    draw(drawn, RESULTS.with_suffix(".png"))
+    draw([json.loads(line) for line in open(RESULTS)], RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

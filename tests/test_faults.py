@@ -1,0 +1,176 @@
+"""Nothing is lost: killed runs, gradients that are not finite, data with holes, folders that are taken."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, SMALL, load, read_jsonl, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import common
+from verification import RIGHT, Verifier
+
+# ------------------------------------------------------------------------------------------ kill and resume
+
+
+def test_a_run_killed_three_times_ends_as_one_left_alone(tmp_path):
+    """ReLIFT has the most state: a buffer, two optimisers, a set of used demonstrations."""
+    command = [sys.executable, str(ROOT / "bench" / "kill.py"), "--scripts", "relift", "--kills", "3"]
+    process = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("the same") == 1
+
+
+def test_a_half_written_checkpoint_does_not_hide_the_last_good_one(make_run, tiny_model, coin_data):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, "--name", "x", *SMALL)
+    run.make_optimizer("rl")
+    run.write_metrics({})
+    run.step = 1
+    run.save_checkpoint()
+    (run.folder / "checkpoint" / "state.new").write_bytes(b"half")
+    assert run.load_checkpoint()["step"] == 1
+
+
+def test_what_was_logged_after_the_checkpoint_comes_only_once(make_run, tiny_model, coin_data):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, "--name", "x", *SMALL)
+    run.write_metrics({"before": 1})
+    run.save_checkpoint()
+    run.write_metrics({"after": 1})
+    (run.folder / "samples.jsonl").write_text("a sample\n")
+    run.load_checkpoint()
+    assert [sorted(line) for line in read_jsonl(run.folder / "metrics.jsonl")] == [["before", "step"]]
+    assert (run.folder / "samples.jsonl").read_text() == ""
+
+
+# ------------------------------------------------------------------------------------- gradients not finite
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_run, tiny_model, coin_data, capsys):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
+    optimizer = run.make_optimizer("rl")
+    rows = run.rollout(run.train[:2])
+    before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+    first = next(run.model.parameters())
+    for number, bad in enumerate((float("nan"), float("inf"), float("nan")), 1):
+        first.grad = torch.full_like(first, bad)
+        if number < 3:
+            run.optimizer_step(optimizer, rows)
+            kept = json.loads((run.folder / f"skipped-{number}.json").read_text())
+            assert [row["response"] for row in kept] == [run.text(row) for row in rows]
+            assert run.sums["updates/skipped"][0] == number
+        else:  # three in a row
+            with pytest.raises(SystemExit) as error:
+                run.optimizer_step(optimizer, rows)
+            assert error.value.code == 2
+            assert "--lr" in capsys.readouterr().err
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_good_update_between_two_bad_ones_counts_anew(make_run, tiny_model, coin_data):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
+    optimizer, first = run.make_optimizer("rl"), next(run.model.parameters())
+    for bad in (float("nan"), float("nan"), 1.0, float("nan"), float("nan")):
+        first.grad = torch.full_like(first, bad)
+        run.optimizer_step(optimizer, [])
+    assert run.skipped == 2
+
+
+# --------------------------------------------------------------------------------------------- bad rows
+ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+                        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner,
+                                                                                    max_size=2), max_leaves=4)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": ANYTHING, "content": ANYTHING}), max_size=2)
+GOLD = st.fixed_dictionaries({"ground_truth": ANYTHING})
+PLAIN = st.fixed_dictionaries({"problem": ANYTHING, "answer": ANYTHING}, optional={"demonstration": ANYTHING})
+CHAT = st.fixed_dictionaries({"prompt": ANYTHING | MESSAGES, "reward_model": ANYTHING | GOLD},
+                             optional={"target": ANYTHING | MESSAGES, "data_source": ANYTHING})
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = Verifier(workers=2)
+    yield verifier
+    verifier.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(PLAIN | CHAT, max_size=4))
+def test_rows_of_anything_end_in_problems_or_in_one_line(rows, verifier, tiny_tokenizer, capsys):
+    good = {"problem": "a=1;a?", "answer": "1"}
+    try:
+        problems = common.load_problems("rows", [*rows, good], tiny_tokenizer, verifier, 60)
+    except SystemExit as error:
+        assert error.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        return
+    assert all(isinstance(problem.text, str) and problem.prompt for problem in problems)
+    answers = [problem.answer for problem in problems]
+    assert verifier(answers, [f"</think>\\boxed{{{answer}}}" for answer in answers]) == [RIGHT] * len(answers)
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tiny_model):
+    return transformers.AutoTokenizer.from_pretrained(tiny_model)
+
+
+def test_ten_megabytes_in_a_field_cost_nothing(verifier, tiny_tokenizer, capsys):
+    rows = [{"problem": "a" * 10_000_000, "answer": "1"}, {"problem": "a=1;a?", "answer": "1" * 10_000_000},
+            {"problem": "b=1;b?", "answer": "1"}]
+    assert [problem.index for problem in common.load_problems("rows", rows, tiny_tokenizer, verifier, 60)] == [2]
+    assert capsys.readouterr().out.count("left out 1 of 3 rows") == 2
+
+
+def test_the_broken_line_of_a_jsonl_file_is_named(tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"problem": "a=1;a?", "answer": "1"}] * 3)
+    with open(data, "a") as file:
+        file.write('{"problem": "cut off')
+    with pytest.raises(SystemExit) as error:
+        common.read_rows(data)
+    assert error.value.code == 2
+    assert "rows.jsonl, line 4" in capsys.readouterr().err
+
+
+def test_a_truncated_parquet_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(SystemExit) as error:
+        common.read_rows(str(tmp_path / "rows.parquet"))
+    assert error.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------------- folders
+@pytest.mark.parametrize("flags, named", [
+    (["--name", "x"], "--resume"),
+    (["--name", "x", "--resume", "--seed", "5"], "seed 0, not 5"),
+    (["--name", "y", "--resume"], "holds no run")])
+def test_a_folder_of_another_run_is_left_alone(make_run, tiny_model, coin_data, capsys, flags, named):
+    flags = ["--model", tiny_model, "--data", coin_data, *SMALL, *flags]
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
+    run.write_metrics({"precious": 1})
+    with pytest.raises(SystemExit) as error:
+        make_run("grpo", *flags)
+    assert error.value.code == 2
+    assert named in capsys.readouterr().err
+    assert read_jsonl(run.folder / "metrics.jsonl") == [{"step": 0, "precious": 1}]
+
+
+def test_a_run_of_another_method_is_not_resumed(make_run, tiny_model, coin_data, capsys):
+    flags = ["--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x"]
+    make_run("grpo", *flags)
+    with pytest.raises(SystemExit) as error:
+        make_run("luffy", *flags, "--resume")
+    assert error.value.code == 2
+    assert "script grpo, not luffy" in capsys.readouterr().err
+
+
+def test_the_saved_model_is_the_trained_one(make_run, tiny_model, coin_data):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
+    with torch.no_grad():
+        next(run.model.parameters()).add_(0.5)
+    run.write_metrics({})
+    run.end()
+    saved, _ = load(str(run.folder / "model"), torch.float32)
+    for trained, loaded in zip(run.model.parameters(), saved.parameters()):
+        assert torch.equal(trained, loaded)
