@@ -96,7 +96,7 @@ def main():
     run = Run(args)
     optimizer = run.make_optimizer("rl")
     sft_optimizer = run.make_optimizer("sft")  # with moments of its own, over the same parameters
-    by_index = {problem.index: problem for problem in run.train}
+    by_index = {problem.index: problem for problem in run.train if problem.demonstration}
     for step in run.steps():
         rows = make_batch(run, args, run.next_problems())
         rewards = run.verify(rows)
@@ -128,7 +128,7 @@ def main():
         run.state["sft_steps"] = run.state.get("sft_steps", 0) + bool(demonstrations)
         run.log("relift/buffer", len(run.state["buffer"]))
         run.log("relift/sft_steps", run.state["sft_steps"])
-        run.log("relift/used", len(run.state["used"]) / len(run.train))
+        run.log("relift/used", len(run.state["used"]) / max(1, len(by_index)))
         run.end_step()
     run.end()
 
