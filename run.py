@@ -323,9 +323,10 @@ class Run:
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, rows: list[Row]):
         """Clips the gradient and takes the step, but never with a gradient that is not finite."""
+        self.log("loss", 0.0, 0)  # which it is where no row has an advantage
         with self.timer("update"):
             for parameter in self.model.parameters():
-                if parameter.grad is None:  # no row had an advantage: the step is taken with a gradient of 0
+                if parameter.grad is None:  # nor has it a gradient then: the step is taken with one of 0
                     parameter.grad = torch.zeros_like(parameter)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
             self.updates += 1
@@ -382,7 +383,7 @@ class Run:
             rewards[row.problem.part].append(row.reward)
         accuracy = {f"accuracy/{part}": sum(values) / len(values) for part, values in rewards.items()}
         shown = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
-        tqdm.write(f"step {self.step}: {shown}")
+        tqdm.write(f"step {self.step}: {shown or 'no problems are held out'}")
         return accuracy
 
     def write_metrics(self, metrics: dict):
@@ -434,7 +435,10 @@ class Run:
         self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         self.model.save_pretrained(self.folder / "model")
         self.tokenizer.save_pretrained(self.folder / "model")
-        lines = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        learnt = [f"{name.removeprefix('accuracy/')} {lines[0][name]:.2f} -> {lines[-1][name]:.2f}"
-                  for name in lines[0] if name.startswith("accuracy/")]
+        history = defaultdict(list)
+        for line in open(self.folder / "metrics.jsonl"):
+            for name, value in json.loads(line).items():
+                history[name].append(value)
+        learnt = [f"{name.removeprefix('accuracy/')} {values[0]:.2f} -> {values[-1]:.2f}"
+                  for name, values in history.items() if name.startswith("accuracy/")]
         print(f"accuracy: {', '.join(learnt) or 'no problems were held out'}; see {self.folder}/")
