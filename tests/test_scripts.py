@@ -201,3 +201,24 @@ def test_a_script_is_read_in_ten_minutes(script):
     lines = (ROOT / f"{script}.py").read_text().splitlines()
     assert len(lines) <= (220 if script == "grpo" else 280)
     assert max(map(len, lines)) <= 110
+
+
+LOOP = """\
+    run = Run(args)
+    optimizer = run.make_optimizer("rl")
+    for step in run.steps():
+        for minibatch in run.minibatches(rows):
+            for batch in run.micro_batches(minibatch
+                logp, 
+            run.optimizer_step(optimizer, minibatch)
+        run.end_step()
+    run.end()
+if __name__ == "__main__":
+""".splitlines()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_loop_is_the_same_text_in_every_script(script):
+    lines = iter((ROOT / f"{script}.py").read_text().splitlines())
+    for expected in LOOP:  # in this order, to the byte
+        assert any(line.startswith(expected) for line in lines), expected
