@@ -153,3 +153,19 @@ def run_script(script: str, *flags: str, cwd: Path, threads: str | None = "1", s
     env = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
     return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, env=env, text=True,
                           capture_output=True, timeout=seconds)
+
+
+# ------------------------------------------------------------------------------------------- the real base model
+def pytest_collection_modifyitems(config, items):
+    """The toy's base model takes minutes: it is made beside the other tests, and who needs it comes last."""
+    items.sort(key=lambda item: "test_learning" in item.nodeid)
+    if items and "test_learning" in items[-1].nodeid:
+        command = [sys.executable, "-c", "import toy; toy.base_model()"]
+        config.base_model = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def base_model(request):
+    """Waits until the toy's base model is there."""
+    assert request.config.base_model.wait() == 0

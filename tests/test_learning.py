@@ -1,8 +1,8 @@
-"""That it learns: the main job itself, cut short, on the real toy (whose base model is made on first use)."""
+"""That it learns: the main job itself, cut short, on the real toy, whose base model is made on first use."""
 from conftest import read_jsonl, run_script
 
 
-def test_luffy_learns_what_the_base_model_almost_never_does(tmp_path):
+def test_luffy_learns_what_the_base_model_almost_never_does(base_model, tmp_path):
     process = run_script("luffy.py", "--steps", "30", "--eval_every", "30", "--name", "short", cwd=tmp_path,
                          threads=None)
     assert process.returncode == 0, process.stderr
