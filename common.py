@@ -356,7 +356,7 @@ class TokenLogprobs(torch.autograd.Function):
         for x, y, lse, h, g, g_h in parts:
             z = F.linear(x, weight, bias)
             z = z.to(lse.dtype).div_(ctx.temperature).sub_(lse[:, None])  # log p of every word
-            p = z.exp()
+            p = z.exp() if ctx.entropy else z.exp_()
             if ctx.entropy:
                 d = z.add_(h[:, None]).mul_(-g_h[:, None]).sub_(g[:, None]).mul_(p)   # dH/dz = -p (log p + H)
             else:
