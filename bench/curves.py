@@ -42,7 +42,7 @@ METHODS = {  # name: script, flags, colour
 def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[dict]:
     """One run in a folder of its own, on one thread; its evaluations."""
     script, flags, _ = METHODS[method]
-    every = "48" if script == "topr" else "10"
+    every = "48" if script == "topr" else "5"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / f"{script}.py", "--model", base, "--data",
                    "toy:easy" if script == "topr" else "toy", "--eval_every", every, "--seed", str(seed),
