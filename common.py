@@ -179,12 +179,18 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
         fail(f"{source}: not a {', '.join(builders)} file")
     try:
         if path.is_file():
-            return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train").to_list()
-        return datasets.load_dataset(source, split="train").to_list()
+            rows = datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(source, split="train")
     except Exception as error:  # whatever a parser or the network says of the user's data is passed on
         if path.suffix == ".jsonl":
             find_broken_line(path)
         fail(f"{source} cannot be read as a dataset: {error}: {error.__cause__ or ''}")
+    columns = set(rows.column_names)
+    if len(rows) and not ({"problem", "answer"} <= columns or {"prompt", "reward_model"} <= columns):
+        fail(f"{source}: needs the columns `problem` and `answer`, or `prompt` and `reward_model`; "
+             f"it has {', '.join(sorted(columns))}")
+    return rows.to_list()
 
 
 def find_broken_line(path: Path):
@@ -222,10 +228,6 @@ def read_problem(row: dict) -> tuple[list[dict], str, str, str]:
 
 def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt: int) -> list[Problem]:
     """The usable rows, rendered with the chat template. What is left out is counted and said."""
-    columns = set().union(*rows) if rows else {"problem", "answer"}
-    if not ({"problem", "answer"} <= columns or {"prompt", "reward_model"} <= columns):
-        fail(f"{source}: needs the columns `problem` and `answer`, or `prompt` and `reward_model`; "
-             f"it has {', '.join(sorted(columns))}")
     left_out, problems, seen = Counter(), [], set()
     for index, row in enumerate(rows):
         try:

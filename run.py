@@ -232,6 +232,12 @@ class Run:
                 file.write(json.dumps({"problem": row.problem.text} | row.problem.row | kept) + "\n")
         tqdm.write(f"saved {len(ended)} of {len(rows)} responses; the others were cut")
 
+    def keep_set(self, rows: list[Row]):
+        """Keeps rows for the steps to come, in the checkpoint and, with --save_rollouts, in rollouts.jsonl."""
+        self.state["set"] = self.pack(rows)
+        if self.args.save_rollouts:
+            self.save_rollouts(rows)
+
     def pack(self, rows: list[Row]) -> list[dict]:
         """Rows as plain values, for a checkpoint."""
         return [vars(row) | {"problem": row.problem.index} for row in rows]

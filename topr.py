@@ -19,7 +19,8 @@ mini-batches.
 Deviations
   - ROLL and Trinity-RFT weigh each token by its own ratio, and Trinity rewards wrong but well-formatted
     answers. Weights are off by orders of magnitude then; here, as in the paper, a response has one weight.
-  - J is divided by L, a constant, so that learning rates mean the same as in the other scripts.
+  - J is divided by L, a constant, so that learning rates mean the same as in the other scripts;
+    `--token_mean` divides by the step's tokens instead, as there.
   - `--baseline` is c. It sets the effective share of positives, p (1-c) / (1 + (1-2p) c) for a share p of
     right responses; the paper finds 10 to 20% best, and it is logged.
   - `--weights` has the alternatives that the paper compares: reinforce (w = 1), tis (min(1, ratio) for both
@@ -40,6 +41,7 @@ from run import Run
 
 @dataclass
 class Args(common.Args):
+    token_mean: bool = flag("divide by the step's response tokens instead of B * L (DAPO)", False)
     data: str = flag("as in the other scripts; 'toy:easy' has only the toy's problems of one step",
                      toy="toy:easy", real="Elliott/Openr1-Math-46k-8192")
     lr: float = flag("learning rate of AdamW", toy=3e-4, real=1e-6)
@@ -67,32 +69,37 @@ def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr",
         the losses of its micro-batches add up. By default B of these tensors.
     weights: 'topr', 'tis', 'reinforce' or 'ppo', for which alone there are clip_low and clip_high.
     Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
+    Lines (1) to (4) are PPO's, as in grpo.py; TOPR puts (5) to (7) in their place.
     """
     mask = mask.bool()
     normaliser = len(mask) if normaliser is None else normaliser
+    advantages = advantages[:, None]                                               # (B, 1)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    tapered = log_ratio.detach().sum(dim=1).clamp(max=0).exp()                     # (1) min(1, π/π_old)
-    if weights == "ppo":
-        ratio = log_ratio.clamp(max=60).exp()  # at infinity the gradient would be 0 * inf
-        unclipped = -advantages[:, None] * ratio
-        clipped = -advantages[:, None] * ratio.clamp(1 - clip_low, 1 + clip_high)
-        loss = (torch.maximum(unclipped, clipped) * mask).sum(dim=1)
-    else:
-        full = torch.ones_like(tapered)
-        topr = torch.where(advantages >= 0, full, tapered)
-        weight = {"topr": topr, "tis": tapered, "reinforce": full}[weights]        # (2) w
-        loss = -weight * advantages * torch.where(mask, logp, 0.0).sum(dim=1)      # (3) -w R Σ_t m log π
+    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, finite
+    unclipped = -advantages * ratio                                                # (2) -r A
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -clip(r) A
+    token_loss = torch.maximum(unclipped, clipped) * mask                          # (4) -min(r A, clip(r) A)
+    tapered = log_ratio.detach().sum(dim=1, keepdim=True).clamp(max=0).exp()       # (5) min(1, π/π_old)
+    if weights != "ppo":
+        topr = torch.where(advantages >= 0, 1.0, tapered)
+        weight = {"topr": topr, "tis": tapered, "reinforce": 1.0}[weights]         # (6) w
+        token_loss = -weight * advantages * torch.where(mask, logp, 0.0)           # (7) -w R m log π
     negative = advantages < 0
     metrics = {
         "weight/negatives": (tapered[negative].sum(), negative.sum()),
         "kl/old_policy": (-log_ratio.sum(), mask.sum()),
     }
-    return loss.sum() / normaliser, metrics                                        # (4) sum / B
+    return token_loss.sum() / normaliser, metrics                                  # (8) sum / B
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def make_set(run, args, rows) -> list[Row]:
-    """An iteration's responses with R - c and with the log-probs of the policy at its start."""
+def make_batch(run, args, problems) -> list[Row]:
+    """An iteration's set: n rollouts of the policy for each prompt. It stays while the policy moves on."""
+    return run.rollout([problem for problem in problems for _ in range(args.n)])
+
+
+def make_set(run, args, rows):
+    """Gives the responses of an iteration R - c and the log-probs of the policy at its start."""
     rewards = run.verify(rows)
     for row, reward in zip(rows, rewards.tolist()):
         row.advantage = 2 * reward - 1 - args.baseline                             # R = ±1, minus c
@@ -100,10 +107,9 @@ def make_set(run, args, rows) -> list[Row]:
     p, c = rewards.mean().item(), args.baseline
     run.log("positives", p)
     run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
-    return rows
 
 
-def make_batch(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
+def pick(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
     """Off-policy: mini-batch number `place` of an iteration's set, which has a new order in every epoch."""
     epoch, number = divmod(place, -(-len(rows) // size))
     order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
@@ -126,15 +132,13 @@ def main():
         iteration, place = divmod(step - 1, steps_per_iteration)
         if place == 0:
             problems = run.draw("prompts", iteration * args.prompts, args.prompts)
-            rows = offline or run.rollout([problem for problem in problems for _ in range(args.n)])
-            collected = make_set(run, args, rows)
-            run.state["set"] = run.pack(collected)
-            if args.save_rollouts:
-                run.save_rollouts(collected)
-        rows = make_batch(collected, args.minibatch, place, f"{args.seed} {iteration}")
+            collected = offline or make_batch(run, args, problems)
+            make_set(run, args, collected)
+            run.keep_set(collected)
+        rows = pick(collected, args.minibatch, place, f"{args.seed} {iteration}")
         for minibatch in run.minibatches(rows):
             tokens = sum(len(row.response) for row in minibatch)
-            normaliser = len(minibatch) * args.max_response
+            normaliser = tokens if args.token_mean else len(minibatch) * args.max_response
             for batch in run.micro_batches(minibatch, args.entropy_bonus):
                 logp, entropy = run.logprobs(batch, args.entropy_bonus)
                 loss, metrics = topr_loss(logp, batch.old_logp, batch.advantages, batch.mask,

@@ -8,7 +8,7 @@ from conftest import SMALL, assert_golden, golden, read_jsonl, run_script, tenso
 
 from common import Row, collate
 from relift import sft_loss
-from topr import make_batch, make_set, topr_loss
+from topr import make_set, pick, topr_loss
 
 WEIGHTS = ("topr", "tis", "reinforce", "ppo")
 
@@ -167,15 +167,15 @@ def test_every_epoch_has_every_row_once_in_a_new_order(number, size):
     rows = [Row(None, [i]) for i in range(number)]
     steps, epochs = math.ceil(number / size), []
     for epoch in range(4):
-        batches = [make_batch(rows, size, epoch * steps + i, "seed") for i in range(steps)]
+        batches = [pick(rows, size, epoch * steps + i, "seed") for i in range(steps)]
         assert [len(batch) for batch in batches[:-1]] == [size] * (steps - 1)  # the last may be smaller
         epochs.append([row.response[0] for batch in batches for row in batch])
         assert sorted(epochs[-1]) == list(range(number))
     if number > 3:
         assert len(set(map(tuple, epochs))) == 4
-        again = [row.response[0] for i in range(steps) for row in make_batch(rows, size, i, "seed")]
+        again = [row.response[0] for i in range(steps) for row in pick(rows, size, i, "seed")]
         assert again == epochs[0]  # a resumed run goes on with the same batches
-        other = [row.response[0] for i in range(steps) for row in make_batch(rows, size, i, "other seed")]
+        other = [row.response[0] for i in range(steps) for row in pick(rows, size, i, "other seed")]
         assert other != epochs[0]  # and another iteration has orders of its own
 
 
@@ -195,7 +195,7 @@ def test_a_set_is_verified_once_and_keeps_its_log_probs(topr_run):
     for c in (0.0, 0.5, -0.5, 0.9):
         run.args.baseline = c
         run.sums.clear()
-        assert make_set(run, run.args, rows) == rows
+        make_set(run, run.args, rows)
         expected = [1 - c if correct else -1 - c for correct in right]
         assert [row.advantage for row in rows] == pytest.approx(expected)
         positive = sum(weight for weight in expected if weight > 0)
@@ -210,7 +210,8 @@ def test_a_set_is_verified_once_and_keeps_its_log_probs(topr_run):
 
 def test_a_set_comes_back_from_a_checkpoint_as_it_was(topr_run, tmp_path):
     run = topr_run
-    rows = make_set(run, run.args, run.rollout(run.train[:5] * 2))
+    rows = run.rollout(run.train[:5] * 2)
+    make_set(run, run.args, rows)
     assert {row.advantage for row in rows} == {1.0, -1.0}
     torch.save(run.pack(rows), tmp_path / "set.pt")
     packed = torch.load(tmp_path / "set.pt", weights_only=True)
