@@ -1,29 +1,21 @@
-"""What is not the method: flags, the model, problems and demonstrations, batches, log-probs.
+"""What is not the method: flags, the model, batches, log-probs.
 
-rollout.py samples, verification.py rewards, run.py keeps a run's state and outputs. Left out on purpose:
-several GPUs, LoRA, reward models, a KL term, experiment trackers (metrics.jsonl loads anywhere).
+problems.py reads them, rollout.py samples, verification.py rewards, evaluation.py tests, run.py keeps a
+run's state and outputs. Left out on purpose: several GPUs, LoRA, reward models, a KL term, experiment
+trackers (metrics.jsonl loads anywhere).
 """
 import argparse
 import errno
-import json
-import random
 import sys
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import datasets
-import jinja2
 import torch
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from verification import RIGHT, boxed_answer
-
 LOGIT_CHUNK = 256  # tokens whose logits are held at once
-SYSTEM = ("Think step by step before you answer. Write your thinking between <think> and </think>, "
-          "and after it the final answer in \\boxed{}.")
 PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
@@ -64,8 +56,8 @@ class Args:
     model: str = flag("'toy', or a Hub name or local folder of a causal language model", "toy")
     data: str = flag("'toy', a Hub dataset or a jsonl/json/parquet/csv file",
                      toy="toy", real="Elliott/Openr1-Math-46k-8192")
-    eval_data: str = flag("held-out problems, as --data; empty: a tenth of --data, at most 128 rows",
-                          toy="toy", real="")
+    eval_data: str = flag("held-out problems: as --data, several with commas between, NAME@32 for 32 samples "
+                          "of each; empty: a tenth of --data, at most 128 rows", toy="toy", real="")
     name: str = flag("the run's folder in runs/; empty: script, model and a number", "")
     resume: bool = flag("go on with the run --name from its last checkpoint", False)
     seed: int = flag("seed of the data's order and of sampling", 0)
@@ -91,6 +83,13 @@ class Args:
     rollout: str = flag("engine that samples", "auto", choices=("auto", "vllm", "transformers"))
     gpu_memory_utilization: float = flag("share of the GPU's memory that vLLM takes while it samples", 0.4)
     device: str = flag("where the model is", "auto", choices=("auto", "cpu", "cuda"))
+    eval_only: bool = flag("evaluate --model on --eval_data, and train nothing", False)
+    dry_run: bool = flag("say what memory a GPU needs for this run, and stop", False)
+    system: str = flag("system message for data with plain columns; empty: that of --data's chat messages, "
+                       "or else a request to think and to box the answer", "")
+    prompt_end: str = flag("text with which every prompt ends", toy="", real="<think>\n")
+    rope_theta: float = flag("base of RoPE; 0: the model's own (the papers: 40000)", 0.0)
+    max_positions: int = flag("longest context; 0: the model's own (the papers: 16384)", 0)
 
 
 def parse(cls, doc: str, smallest_n: int = 2):
@@ -112,6 +111,8 @@ def parse(cls, doc: str, smallest_n: int = 2):
     for name in "steps prompts updates max_prompt max_response micro_tokens eval_every eval_response".split():
         check(f"--{name}", getattr(args, name), 1)
     check("--n", args.n, smallest_n)
+    check("--rope_theta", args.rope_theta, 0)
+    check("--max_positions", args.max_positions, 0)
     check("--temperature", args.temperature, 0.01)
     check("--eval_temperature", args.eval_temperature, 0.01)
     return args
@@ -124,24 +125,41 @@ def check(name: str, value: float | None, lowest: float, highest: float = float(
 
 
 # --------------------------------------------------------------------------------------------- the model
-def load_model(args: Args, device: torch.device):
-    """The model, with float32 master weights (lr 1e-6 rounds to nothing in bfloat16), and its tokenizer."""
+def load_config(args: Args):
+    """The model's config with --rope_theta and --max_positions, in which prompts and responses fit."""
     path = args.model
     if path == "toy":
         import toy
         path = toy.base_model()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+        config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"--model {args.model} cannot be loaded: {error}")
+    if args.rope_theta:
+        if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+            fail(f"--rope_theta: {args.model} has no such setting")
+        config.rope_parameters = config.rope_parameters | {"rope_theta": args.rope_theta}
+    config.max_position_embeddings = args.max_positions or config.max_position_embeddings
+    for name in ("max_response", "eval_response"):
+        if args.max_prompt + getattr(args, name) > config.max_position_embeddings:
+            fail(f"--max_prompt {args.max_prompt} and --{name} {getattr(args, name)} are more than the "
+                 f"{config.max_position_embeddings} positions of {args.model}: lower one of them, or see "
+                 "--rope_theta and --max_positions")
+    return config
+
+
+def load_model(args: Args, device: torch.device):
+    """The model, with float32 master weights (lr 1e-6 rounds to nothing in bfloat16), and its tokenizer."""
+    config = load_config(args)
+    path = config.name_or_path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model} cannot be loaded: {error}")
+    model.to(device)
     if tokenizer.eos_token_id is None:
         fail(f"--model {args.model}: its tokenizer has no EOS token, so no response could end")
-    context = model.config.max_position_embeddings
-    for name in ("max_response", "eval_response"):
-        if args.max_prompt + getattr(args, name) > context:
-            fail(f"--max_prompt {args.max_prompt} and --{name} {getattr(args, name)} are more than the "
-                 f"{context} positions of {args.model}: lower one of them")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     for module in model.modules():
@@ -152,7 +170,7 @@ def load_model(args: Args, device: torch.device):
     return model, tokenizer
 
 
-# -------------------------------------------------------------------------------- problems and demonstrations
+# ----------------------------------------------------------------------------------------- a batch of rows
 @dataclass(eq=False)
 class Problem:
     index: int          # row of the dataset; names the group
@@ -162,121 +180,9 @@ class Problem:
     demonstration: str  # an expert's response, empty if there is none
     part: str           # slice of the held-out problems to which the row belongs
     row: dict           # as it was read
+    samples: int = 1    # responses to it in an evaluation
 
 
-def read_rows(source: str, held_out: bool = False) -> list[dict]:
-    """The rows of the toy, of a Hub dataset (split `train`) or of a local file."""
-    if source in ("toy", "toy:easy"):
-        import toy
-        return [row for row in toy.make_rows()[held_out] if source == "toy" or row["data_source"] == "easy"]
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    path = Path(source)
-    if path.suffix in builders and not path.is_file():
-        fail(f"{source}: no such file")
-    if path.is_file() and path.stat().st_size == 0:
-        fail(f"{source} is empty")
-    if path.exists() and path.suffix not in builders:
-        fail(f"{source}: not a {', '.join(builders)} file")
-    try:
-        if path.is_file():
-            rows = datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
-        else:
-            rows = datasets.load_dataset(source, split="train")
-    except Exception as error:  # whatever a parser or the network says of the user's data is passed on
-        if path.suffix == ".jsonl":
-            find_broken_line(path)
-        fail(f"{source} cannot be read as a dataset: {error}: {error.__cause__ or ''}")
-    columns = set(rows.column_names)
-    if len(rows) and not ({"problem", "answer"} <= columns or {"prompt", "reward_model"} <= columns):
-        fail(f"{source}: needs the columns `problem` and `answer`, or `prompt` and `reward_model`; "
-             f"it has {', '.join(sorted(columns))}")
-    return rows.to_list()
-
-
-def find_broken_line(path: Path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.loads(line or "{}")
-            except ValueError as error:
-                fail(f"{path}, line {number}: {error}")
-
-
-def read_problem(row: dict) -> tuple[list[dict], str, str, str]:
-    """(chat messages, answer, demonstration, slice) of a row in either schema; ValueError: why not."""
-    if "prompt" in row:  # the schema of Elliott/Openr1-Math-46k-8192
-        messages, target, gold = row["prompt"], row.get("target"), row.get("reward_model")
-        answer = gold.get("ground_truth") if isinstance(gold, dict) else None
-        if isinstance(target, list):
-            target = target[0].get("content") if target and isinstance(target[0], dict) else None
-        demonstration = target
-    else:
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row.get("problem")}]
-        answer, demonstration = row.get("answer"), row.get("demonstration")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("without a problem")
-    for message in messages:
-        text = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("whose problem is empty or not text")
-    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        raise ValueError("without an answer")
-    if not isinstance(demonstration, str):
-        demonstration = ""
-    return messages, str(answer), demonstration, str(row.get("data_source") or "held_out")
-
-
-def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt: int) -> list[Problem]:
-    """The usable rows, rendered with the chat template. What is left out is counted and said."""
-    left_out, problems, seen = Counter(), [], set()
-    for index, row in enumerate(rows):
-        try:
-            messages, answer, demonstration, part = read_problem(row)
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (ValueError, jinja2.TemplateError) as error:
-            left_out[str(error)] += 1
-            continue
-        prompt = []
-        if len(text) <= 100 * max_prompt:  # a tokenizer may take minutes for megabytes
-            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(prompt) <= max_prompt:
-            left_out[f"with a prompt of more than --max_prompt {max_prompt} tokens"] += 1
-        elif text in seen and "response" not in row:  # responses to one problem are samples
-            left_out["that another row repeats"] += 1
-        else:
-            seen.add(text)
-            problems.append(Problem(index, text, prompt, answer, demonstration, part, row))
-    answers = sorted({problem.answer for problem in problems})
-    verdicts = dict(zip(answers, verifier(answers, [f"</think>\\boxed{{{answer}}}" for answer in answers])))
-    unboxed = 0
-    for problem in problems:
-        if verdicts[problem.answer] != RIGHT:
-            left_out["whose answer math-verify does not find equal to itself"] += 1
-        if problem.demonstration and boxed_answer(problem.demonstration) is None:
-            unboxed += 1
-            problem.demonstration = ""
-    problems = [problem for problem in problems if verdicts[problem.answer] == RIGHT]
-    for reason, count in left_out.items():
-        print(f"{source}: left out {count} of {len(rows)} rows {reason}")
-    if unboxed:
-        print(f"{source}: left out {unboxed} demonstrations that box no answer after </think>")
-    if not problems:
-        fail(f"{source}: none of its {len(rows)} rows can be used")
-    return problems
-
-
-def load_data(args: Args, tokenizer, verifier) -> tuple[list[Problem], list[Problem]]:
-    """Problems to train on and held-out problems."""
-    problems = load_problems(args.data, read_rows(args.data), tokenizer, verifier, args.max_prompt)
-    if args.eval_data:
-        rows = read_rows(args.eval_data, held_out=True)
-        return problems, load_problems(args.eval_data, rows, tokenizer, verifier, args.max_prompt)
-    problems = random.Random(0).sample(problems, len(problems))
-    size = min(128, len(problems) // 10)
-    return problems[size:], problems[:size]
-
-
-# ----------------------------------------------------------------------------------------- a batch of rows
 @dataclass(eq=False)
 class Row:
     """One response to one prompt: a rollout of the policy or a demonstration."""

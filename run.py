@@ -19,7 +19,10 @@ import transformers
 from tqdm import tqdm
 
 import common
+import evaluation
+import memory
 from common import Args, Batch, Problem, Row, fail
+from problems import load_data, read_data
 from rollout import TransformersSampler, VLLMSampler
 from verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier
 
@@ -45,10 +48,14 @@ class Run:
         self.step, self.updates, self.skipped, self.optimizers = 0, 0, 0, {}
         self.state = {}  # what a method keeps between steps, of plain values: a checkpoint has it too
         self.sums = defaultdict(lambda: [0.0, 0])
+        if args.dry_run:
+            memory.dry_run(args, self.script, self.device)
+        self.folder, settings = self.choose_folder()
+        rows = read_data(args)  # first what fails fast, then the model
         self.model, self.tokenizer = common.load_model(args, self.device)
         self.verifier = Verifier()
-        self.train, self.held_out = common.load_data(args, self.tokenizer, self.verifier)
-        self.folder = self.open_folder()
+        self.train, self.held_out = load_data(args, *rows, self.tokenizer, self.verifier)
+        self.make_folder(settings)
         self.saved = self.load_checkpoint()
         self.sampler = self.make_sampler()
         self.hand_over()
@@ -68,7 +75,7 @@ class Run:
         self.sampler.update(self.model)
         if isinstance(self.sampler, TransformersSampler):  # it samples with the trainer's own weights
             return
-        rows = self.generate(self.train[:1] * 8, min(32, self.args.max_response), 1.0, self.args.seed)
+        rows = self.generate((self.train or self.held_out)[:1] * 8, min(32, self.args.max_response), 1.0, self.args.seed)
         batch = common.collate(rows, self.device)
         logp, _ = common.logprobs(self.model.eval(), batch, 1.0)
         sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
@@ -77,8 +84,8 @@ class Run:
             fail(f"the sampler is stale: after step {self.step}'s hand-over its log-probs are {gap:.2g} nats "
                  f"a token from the trainer's, more than {limit}")
 
-    def open_folder(self) -> Path:
-        """runs/<name>: a new one, or with --resume that of a run with the same arguments."""
+    def choose_folder(self) -> tuple[Path, dict]:
+        """runs/<name> and what args.json will say: a new one, or with --resume that of the same arguments."""
         name, number = self.args.name, 0
         while not name or not self.args.name and Path("runs", name).exists():
             number += 1
@@ -88,32 +95,40 @@ class Run:
             fail(f"--resume: {folder} holds no run; --name says which one to go on with")
         if folder.exists() and not self.args.resume:
             fail(f"{folder} exists: go on with it by --resume, or choose another --name")
-        try:
-            if self.args.resume:
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            fail(f"{folder} cannot be written: {place} is read-only, or not a folder")
+        if self.args.resume:
+            try:
                 old = json.loads((folder / "args.json").read_text())
-                fixed = sorted(settings.keys() - {"resume", "steps", "name"})
-                changed = [key for key in fixed if old.get(key) != settings[key]]
-                if changed:
-                    fail(f"{folder} was begun with other arguments: "
-                         + ", ".join(f"{key} {old.get(key)}, not {settings[key]}" for key in changed))
-            folder.mkdir(parents=True, exist_ok=True)
-            settings |= {"name": name, "resume": False}
-            (folder / "args.json").write_text(json.dumps(settings, indent=2))
+            except (OSError, ValueError) as error:
+                fail(f"--resume: {folder}/args.json cannot be read: {error}")
+            fixed = sorted(settings.keys() - {"resume", "steps", "name"})
+            changed = [key for key in fixed if old.get(key) != settings[key]]
+            if changed:
+                fail(f"{folder} was begun with other arguments: "
+                     + ", ".join(f"{key} {old.get(key)}, not {settings[key]}" for key in changed))
+        return folder, settings | {"name": name, "resume": False}
+
+    def make_folder(self, settings: dict):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(settings, indent=2))
         except OSError as error:
-            fail(f"{folder} cannot be written: {error.strerror}")
-        return folder
+            fail(f"{self.folder} cannot be written: {error.strerror}")
 
     def announce(self):
-        args, example = self.args, self.train[0]
+        args, example = self.args, (self.train or self.held_out)[0]
         size = sum(parameter.numel() for parameter in self.model.parameters())
         demonstrated = sum(bool(problem.demonstration) for problem in self.train)
         print(f"{self.script} on {self.device}: {args.model}, {size / 1e6:.1f}M parameters; {self.folder}/")
-        print(f"{len(self.train)} problems from {args.data}, {demonstrated} of them with a demonstration; "
-              f"{len(self.held_out)} held out")
-        print(f"{args.steps} steps of {args.prompts} prompts x {args.n} responses of at most "
-              f"{args.max_response} tokens, {args.updates} optimiser steps on each")
+        if not args.eval_only:
+            print(f"{len(self.train)} problems from {args.data}, {demonstrated} of them with a demonstration; "
+                  f"{len(self.held_out)} held out")
+            print(f"{args.steps} steps of {args.prompts} prompts x {args.n} responses of at most "
+                  f"{args.max_response} tokens, {args.updates} optimiser steps on each")
         print(f"--- a rendered prompt\n{example.text}")
-        print(f"--- its demonstration\n{example.demonstration[:1000]}\n---")
+        print(f"--- its demonstration\n{example.demonstration[:1000] or 'none'}\n---")
 
     # ---- metrics
     def log(self, name: str, total, count=1):
@@ -131,8 +146,12 @@ class Run:
     def steps(self):
         """Step numbers from 1, with a progress bar; evaluates before the first."""
         self.announce()
-        if self.step == 0:
+        if self.step == 0 or self.args.eval_only:
             self.write_metrics(self.evaluate())
+        if self.args.eval_only:
+            self.verifier.close()
+            print(f"every answer is in {self.folder}/answers.jsonl")
+            raise SystemExit(0)
         self.stop_signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -246,18 +265,22 @@ class Run:
         problems = {problem.index: problem for problem in self.train}
         return [Row(**values | {"problem": problems[values["problem"]]}) for values in packed]
 
-    def judge(self, rows: list[Row]) -> list[int | None]:
-        """Sets rewards: 1 for a right answer in the box after </think>, else 0; 0 if the response was cut."""
-        texts = [self.text(row) if self.ended(row) else "" for row in rows]
-        verdicts = self.verifier([row.problem.answer for row in rows], texts)
+    def judge(self, rows: list[Row]) -> tuple[list[str], list[int | None]]:
+        """Sets rewards: 1 for a right answer in the box after </think>, else 0; 0 if the response was cut.
+
+        Returns the responses' texts and the verifier's verdicts.
+        """
+        texts = [self.text(row) for row in rows]
+        ended = [text if self.ended(row) else "" for row, text in zip(rows, texts)]
+        verdicts = self.verifier([row.problem.answer for row in rows], ended)
         for row, verdict in zip(rows, verdicts):
             row.reward = float(verdict == RIGHT)
-        return verdicts
+        return texts, verdicts
 
     def verify(self, rows: list[Row]) -> torch.Tensor:
         """Sets and returns the rewards (B,)."""
         with self.timer("verification"):
-            verdicts = self.judge(rows)
+            _, verdicts = self.judge(rows)
         groups = defaultdict(list)
         for row in rows:
             self.log("reward/demonstrations" if row.is_demo else "reward", row.reward)
@@ -381,16 +404,18 @@ class Run:
 
     # ---- evaluation and outputs
     def evaluate(self) -> dict[str, float]:
-        """accuracy/<slice>: share of the held-out problems that one sampled response answers right."""
-        args, rewards = self.args, defaultdict(list)
-        rows = self.generate(self.held_out, args.eval_response, args.eval_temperature, args.seed)
-        self.judge(rows)
-        for row in rows:
-            rewards[row.problem.part].append(row.reward)
-        accuracy = {f"accuracy/{part}": sum(values) / len(values) for part, values in rewards.items()}
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
-        tqdm.write(f"step {self.step}: {shown or 'no problems are held out'}")
-        return accuracy
+        """accuracy/<slice> and, with several samples of a problem, pass@k/<slice> of the held-out problems."""
+        args = self.args
+        problems = [problem for problem in self.held_out for _ in range(problem.samples)]
+        rows = self.generate(problems, args.eval_response, args.eval_temperature, args.seed)
+        texts, verdicts = self.judge(rows)
+        evaluation.write_answers(self.folder / "answers.jsonl", self.step, rows, texts, verdicts)
+        summary = evaluation.summarise(rows)
+        shown = ", ".join(f"{name} {figures['accuracy']:.3f}" for name, figures in summary.items())
+        tqdm.write(evaluation.table(summary) if args.eval_only else
+                   f"step {self.step}: {shown or 'no problems are held out'}")
+        return {f"{kind}/{name}": value for name, figures in summary.items()
+                for kind, value in figures.items() if kind == "accuracy" or "@" in kind}
 
     def write_metrics(self, metrics: dict):
         with open(self.folder / "metrics.jsonl", "a") as file:

@@ -115,7 +115,7 @@ def coin_data(tmp_path) -> str:
 
 # What a tiny run on data of one's own needs, in the place of the defaults for real models.
 SMALL = ("--prompts 4 --n 4 --steps 2 --max_prompt 40 --max_response 40 --eval_response 20 "
-         "--micro_tokens 512 --lr 0.01").split()
+         "--micro_tokens 512 --lr 0.01 --prompt_end").split() + [""]
 
 
 @pytest.fixture

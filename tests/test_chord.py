@@ -206,7 +206,8 @@ def shared_run(tiny_model, tmp_path_factory):
     """A run on 20 problems. Of their demonstrations 0 and 5 do not fit, and 10 and 15 are missing."""
     folder = tmp_path_factory.mktemp("chord")
     texts = [THOUGHT % i if i % 5 else None for i in range(20)]
-    texts[0] = texts[5] = "<think>\n" + "a=2\n" * 50 + "</think>\n\\boxed{2}"
+    for i in (0, 5):
+        texts[i] = "<think>\n" + "a=2\n" * 50 + "</think>\n\\boxed{%d}" % i
     rows = [{"problem": f"a={i};a?", "answer": str(i), "demonstration": text} for i, text in enumerate(texts)]
     data = write_jsonl(folder / "rows.jsonl", rows)
     held_out = write_jsonl(folder / "held_out.jsonl", rows[:1])

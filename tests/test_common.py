@@ -16,6 +16,7 @@ import rollout
 import toy
 from common import Row
 from luffy import luffy_loss
+from problems import SYSTEM
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy
@@ -260,7 +261,7 @@ def test_plain_columns_in_every_kind_of_file(load_problems, tmp_path, kind):
     problems = load_problems(write(tmp_path / f"rows.{kind}", PLAIN_ROWS))
     assert [problem.index for problem in problems] == [0, 1, 2]
     assert [problem.answer for problem in problems] == ["0", "1", "2"]
-    assert [problem.demonstration for problem in problems] == ["", THOUGHT, THOUGHT]
+    assert [problem.demonstration for problem in problems] == ["", THOUGHT, ""]  # the last one's is wrong
     assert problems[2].text == "<|im_start|>user\na=2;a?<|im_end|>\n<|im_start|>assistant\n"
     assert toy.make_tokenizer().decode(problems[2].prompt) == problems[2].text
 
@@ -270,6 +271,17 @@ def test_the_schema_of_the_real_data(load_problems, tmp_path, kind):
     problem = load_problems(write(tmp_path / f"rows.{kind}", [openr1_row("a?"), openr1_row("b?")]))[1]
     assert (problem.index, problem.answer, problem.demonstration, problem.part) == (1, "1", THOUGHT, "math")
     assert problem.text == "<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_demonstrations_that_nobody_should_imitate_are_left_out(load_problems, tmp_path, capsys):
+    boxes = ("\\boxed{2}", "\\boxed{\\frac{4}{2}}", "\\boxed{3}", "2", "\\boxed{\\frac{4}{")
+    texts = [f"<think>\na=2\n</think>\n{box}" for box in boxes] + ["\\boxed{2}"]
+    rows = [{"problem": f"a={i};a?", "answer": 2, "demonstration": text} for i, text in enumerate(texts)]
+    problems = load_problems(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [problem.demonstration for problem in problems] == [*texts[:2], *[""] * 4]
+    output = capsys.readouterr().out
+    assert "left out 3 of 6 demonstrations that box no answer after </think>" in output
+    assert "left out 1 of 6 demonstrations whose answer is not the reference" in output
 
 
 def test_rows_that_are_left_out_are_counted_and_named(load_problems, tmp_path, capsys):
@@ -290,8 +302,8 @@ def test_a_tokenizer_without_template_gets_the_plain_one(make_run, tiny_model, c
     problem = make_run("grpo", "--model", str(tmp_path / "base"), "--data", coin_data, *SMALL,
                        "--max_prompt", "200").train[0]
     question = f"a={problem.index:02d};a?"
-    assert problem.text == f"system: {common.SYSTEM}\n\nuser: {question}\n\nassistant: "
-    assert "<think>" in common.SYSTEM and "</think>" in common.SYSTEM and r"\boxed{}" in common.SYSTEM
+    assert problem.text == f"system: {SYSTEM}\n\nuser: {question}\n\nassistant: "
+    assert "<think>" in SYSTEM and "</think>" in SYSTEM and r"\boxed{}" in SYSTEM
 
 
 @pytest.mark.parametrize("opened", (False, True))

@@ -1,5 +1,10 @@
-"""Nothing is lost: killed runs, gradients that are not finite, data with holes, folders that are taken."""
+"""Nothing is lost: killed runs, full disks, gradients that are not finite, data with holes, taken folders."""
 import json
+import os
+import re
+import resource
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -10,7 +15,7 @@ from conftest import ROOT, SMALL, load, read_jsonl, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import common
+from problems import load_problems, read_rows
 from verification import RIGHT, Verifier
 
 # ------------------------------------------------------------------------------------------ kill and resume
@@ -45,6 +50,58 @@ def test_what_was_logged_after_the_checkpoint_comes_only_once(make_run, tiny_mod
     assert (run.folder / "samples.jsonl").read_text() == ""
 
 
+# ------------------------------------------------------------------------------------------------ signals
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_a_run_after_the_step_and_it_goes_on(command_line, coin_model, coin_data, tmp_path,
+                                                           monkeypatch, capsys, number):
+    """Without --name and --save_every: the signal saves the run, and the printed command names it."""
+    script = command_line("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--steps", "9",
+                          "--save_every", "0")
+    make_batch = script.make_batch
+
+    def interrupted(run, args, problems):
+        if run.step == 2:
+            os.kill(os.getpid(), number)
+        return make_batch(run, args, problems)
+
+    monkeypatch.setattr(script, "make_batch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    folder, = (tmp_path / "runs").iterdir()
+    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+    command = capsys.readouterr().out.splitlines()[-1].partition("to go on: ")[2]
+    python, name, *flags = shlex.split(command)
+    assert (python, name) == ("python", "grpo.py")
+    command_line("grpo", *flags, "--steps", "3").main()
+    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+
+
+LONG_STEP = """
+import time
+import grpo
+
+def make_batch(*arguments):
+    print("in the step")
+    time.sleep(60)
+
+grpo.make_batch = make_batch
+grpo.main()
+"""
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tiny_model, coin_data, tmp_path):
+    command = [sys.executable, "-u", "-c", LONG_STEP, "--model", tiny_model, "--data", coin_data, *SMALL]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as process:
+        for sign in ("in the step", "ending after this step"):
+            assert any(sign in line for line in process.stdout)
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == -signal.SIGINT
+
+
 # ------------------------------------------------------------------------------------- gradients not finite
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_run, tiny_model, coin_data, capsys):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
@@ -77,6 +134,61 @@ def test_a_good_update_between_two_bad_ones_counts_anew(make_run, tiny_model, co
     assert run.skipped == 2
 
 
+# --------------------------------------------------------------------------------- no room: disk and memory
+def last_words(error, capsys) -> str:
+    """What python says of the exception that ends it: one line, that no progress bar stands before."""
+    sys.excepthook(error.type, error.value, error.tb)
+    said = re.split(r"[\r\n]|\x1b\[A", capsys.readouterr().err)  # bars end in "]" and without a line break
+    line, = [line for line in said if line.strip() and not line.endswith("]")]
+    return line
+
+
+@pytest.fixture
+def limit_files():
+    """A limit on the size of files is to a run what a full disk is: a write fails when half of it is done."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ("a log", "a checkpoint"))
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(
+        command_line, coin_model, coin_data, tmp_path, limit_files, capsys, what):
+    flags = ["--model", coin_model, "--data", coin_data, *SMALL, "--save_every", "0", "--name", "x"]
+    command_line("grpo", *flags, "--steps", "3").main()
+    folder = tmp_path / "runs" / "x"
+    logged = max(path.stat().st_size for path in folder.glob("*.jsonl"))
+    saved = (folder / "checkpoint" / "state.pt").stat().st_size
+    limit_files(logged if what == "a log" else saved // 2)
+    with pytest.raises((OSError, RuntimeError)) as error:
+        command_line("grpo", *flags, "--steps", "5", "--resume").main()
+    words = last_words(error, capsys)
+    assert words.startswith("cannot write: ") and "File too large" in words
+    assert (folder / "checkpoint" / "state.new").exists() == (what == "a checkpoint")
+    limit_files()
+    command_line("grpo", *flags, "--steps", "5", "--resume").main()
+    assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+                                   None), ids=("GPU", "CPU"))
+def test_out_of_memory_is_one_line_that_names_the_flags(command_line, tiny_model, coin_data, monkeypatch,
+                                                        capsys, error):
+    script = command_line("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
+
+    def make_batch(*arguments):
+        if error:
+            raise error
+        torch.empty(1 << 50)  # a million gigabytes, which no CPU has
+
+    monkeypatch.setattr(script, "make_batch", make_batch)
+    with pytest.raises(RuntimeError) as raised:
+        script.main()
+    words = last_words(raised, capsys)
+    assert words.startswith("out of memory: lower --micro_tokens, or for the rollout --prompts. ")
+    assert "allocate" in words
+
+
 # --------------------------------------------------------------------------------------------- bad rows
 ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
                         lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner,
@@ -100,7 +212,7 @@ def verifier():
 def test_rows_of_anything_end_in_problems_or_in_one_line(rows, verifier, tiny_tokenizer, capsys):
     good = {"problem": "a=1;a?", "answer": "1"}
     try:
-        problems = common.load_problems("rows", [*rows, good], tiny_tokenizer, verifier, 60)
+        problems = load_problems("rows", [*rows, good], tiny_tokenizer, verifier, 60)
     except SystemExit as error:
         assert error.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
@@ -118,7 +230,7 @@ def tiny_tokenizer(tiny_model):
 def test_ten_megabytes_in_a_field_cost_nothing(verifier, tiny_tokenizer, capsys):
     rows = [{"problem": "a" * 10_000_000, "answer": "1"}, {"problem": "a=1;a?", "answer": "1" * 10_000_000},
             {"problem": "b=1;b?", "answer": "1"}]
-    assert [problem.index for problem in common.load_problems("rows", rows, tiny_tokenizer, verifier, 60)] == [2]
+    assert [problem.index for problem in load_problems("rows", rows, tiny_tokenizer, verifier, 60)] == [2]
     assert capsys.readouterr().out.count("left out 1 of 3 rows") == 2
 
 
@@ -127,7 +239,7 @@ def test_the_broken_line_of_a_jsonl_file_is_named(tmp_path, capsys):
     with open(data, "a") as file:
         file.write('{"problem": "cut off')
     with pytest.raises(SystemExit) as error:
-        common.read_rows(data)
+        read_rows(data)
     assert error.value.code == 2
     assert "rows.jsonl, line 4" in capsys.readouterr().err
 
@@ -135,7 +247,7 @@ def test_the_broken_line_of_a_jsonl_file_is_named(tmp_path, capsys):
 def test_a_truncated_parquet_file_is_one_line(tmp_path, capsys):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(SystemExit) as error:
-        common.read_rows(str(tmp_path / "rows.parquet"))
+        read_rows(str(tmp_path / "rows.parquet"))
     assert error.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -154,6 +266,22 @@ def test_a_folder_of_another_run_is_left_alone(make_run, tiny_model, coin_data, 
     assert error.value.code == 2
     assert named in capsys.readouterr().err
     assert read_jsonl(run.folder / "metrics.jsonl") == [{"step": 0, "precious": 1}]
+
+
+@pytest.mark.parametrize("place", ("runs", "runs/x"))
+def test_a_file_in_the_place_of_a_folder_is_one_line(command_line, tiny_model, coin_data, tmp_path, capsys,
+                                                     place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("precious")
+    script = command_line("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert said.err.count("\n") == 1
+    assert "runs/x" in said.err
+    assert "step" not in said.out  # nothing was trained
+    assert (tmp_path / place).read_text() == "precious"
 
 
 def test_a_run_of_another_method_is_not_resumed(make_run, tiny_model, coin_data, capsys):

@@ -147,7 +147,7 @@ def test_a_prompt_with_one_right_answer_is_not_among_the_hardest():
 
 
 # ---------------------------------------------------------------------------------------- the loop of main()
-THOUGHT = "<think>\n</think>\n\\boxed{%d}"
+THOUGHT = "<think>\n%d\n</think>\n\\boxed{1}"
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def train(command_line, tiny_model, tmp_path):
 def test_only_usable_demonstrations_wait_and_each_of_them_once(train):
     """Four prompts a step of six, all unsolved: 1 has no demonstration, 4 has one that does not fit."""
     texts = [THOUGHT % i for i in range(6)]
-    texts[1], texts[4] = None, "<think>\n" + "a=2\n" * 50 + "</think>\n\\boxed{2}"
+    texts[1], texts[4] = None, "<think>\n" + "a=2\n" * 50 + "</think>\n\\boxed{1}"
     saved, metrics = train(texts, "--steps", "3", "--sft_batch", "5")  # one more than there are
     assert [line["groups/all_wrong"] for line in metrics[1:]] == [1.0] * 3
     assert sorted(saved["state"]["buffer"]) == [0, 2, 3, 5]  # though in 12 draws each came twice

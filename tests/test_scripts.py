@@ -96,7 +96,7 @@ def test_a_handful_of_problems_is_enough(script, coin_model, command_line, tmp_p
 # ----------------------------------------------------------------------------------------------- bad input
 FILES = {
     "rows.jsonl": '{"problem": "a=1;a?", "answer": "1"}\n{"problem": "a=2;a?", "answer": "2"}\n',
-    "column.jsonl": '{"question": "a=1;a?", "answer": "1"}\n',
+    "column.jsonl": '{"text": "a=1;a?", "answer": "1"}\n',
     "broken.jsonl": '{"problem": "a=1;a?", "answer": "1"}\n{"problem": \n',
     "empty.jsonl": "",
     "empty.json": "[]",
@@ -107,7 +107,7 @@ FILES = {
 }
 MISTAKES = {  # flags, and what the line must name
     "missing file": (["--data", "missing.jsonl"], "missing.jsonl"),
-    "missing column": (["--data", "column.jsonl"], "question"),
+    "missing column": (["--data", "column.jsonl"], "answer, text"),
     "broken file": (["--data", "broken.jsonl"], "broken.jsonl"),
     "empty file": (["--data", "empty.jsonl"], "empty.jsonl"),
     "empty list": (["--data", "empty.json"], "empty.json"),

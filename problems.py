@@ -1,0 +1,168 @@
+"""Problems and demonstrations: read from the toy, the Hub or a file, checked row by row, and rendered."""
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import jinja2
+
+from common import Args, Problem, check, fail
+from verification import RIGHT
+
+SYSTEM = ("Think step by step before you answer. Write your thinking between <think> and </think>, "
+          "and after it the final answer in \\boxed{}.")
+
+
+def read_rows(source: str, held_out: bool = False) -> list[dict]:
+    """The rows of the toy, of a Hub dataset (held-out ones of its split `test`) or of a local file."""
+    if source in ("toy", "toy:easy"):
+        import toy
+        return [row for row in toy.make_rows()[held_out] if source == "toy" or row["data_source"] == "easy"]
+    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    path = Path(source)
+    if path.suffix in builders and not path.is_file():
+        fail(f"{source}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        fail(f"{source} is empty")
+    if path.exists() and path.suffix not in builders:
+        fail(f"{source}: not a {', '.join(builders)} file")
+    try:
+        if path.is_file():
+            splits = datasets.load_dataset(builders[path.suffix], data_files=str(path))
+        else:
+            splits = datasets.load_dataset(source)
+        rows = splits["test" if held_out and "test" in splits else "train"]
+    except Exception as error:  # whatever a parser or the network says of the user's data is passed on
+        if path.suffix == ".jsonl":
+            find_broken_line(path)
+        fail(f"{source} cannot be read as a dataset: {error}: {error.__cause__ or ''}")
+    for name, other in (("question", "problem"), ("final_answer", "answer")):  # as some benchmarks have them
+        if name in rows.column_names and other not in rows.column_names:
+            rows = rows.rename_column(name, other)
+    columns = sorted(rows.column_names)
+    if len(rows) and not ({"problem", "answer"} <= {*columns} or {"prompt", "reward_model"} <= {*columns}):
+        fail(f"{source}: needs the columns `problem` and `answer`, or `prompt` and `reward_model`; "
+             f"it has {', '.join(columns)}")
+    return rows.to_list()
+
+
+def find_broken_line(path: Path):
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.loads(line or "{}")
+            except ValueError as error:
+                fail(f"{path}, line {number}: {error}")
+
+
+def read_problem(row: dict, system: str) -> tuple[list[dict], str, str]:
+    """(chat messages, answer, demonstration) of a row in either schema; ValueError: why not."""
+    if "prompt" in row:  # the schema of Elliott/Openr1-Math-46k-8192
+        messages, demonstration, gold = row["prompt"], row.get("target"), row.get("reward_model")
+        answer = gold.get("ground_truth") if isinstance(gold, dict) else None
+        if isinstance(demonstration, list):
+            first = demonstration[0] if demonstration else None
+            demonstration = first.get("content") if isinstance(first, dict) else None
+    else:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": row.get("problem")}]
+        answer, demonstration = row.get("answer"), row.get("demonstration")
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("without a problem")
+    for message in messages:
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("whose problem is empty or not text")
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError("without an answer")
+    if not isinstance(demonstration, str):
+        demonstration = ""
+    return messages, str(answer), demonstration
+
+
+def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt: int, system: str = SYSTEM,
+                  prompt_end: str = "") -> list[Problem]:
+    """The usable rows, rendered with the chat template. What is left out is counted and said."""
+    left_out, problems, seen = Counter(), [], set()
+    for index, row in enumerate(rows):
+        try:
+            messages, answer, demonstration = read_problem(row, system)
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (ValueError, jinja2.TemplateError) as error:
+            left_out[str(error)] += 1
+            continue
+        text = text.removesuffix(prompt_end) + prompt_end
+        prompt = []
+        if len(text) <= 100 * max_prompt:  # a tokenizer may take minutes for megabytes
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not 0 < len(prompt) <= max_prompt:
+            left_out[f"with a prompt of more than --max_prompt {max_prompt} tokens"] += 1
+        elif text in seen and "response" not in row:  # responses to one problem are samples
+            left_out["that another row repeats"] += 1
+        else:
+            seen.add(text)
+            part = str(row.get("data_source") or Path(source).stem)
+            problems.append(Problem(index, text, prompt, answer, demonstration, part, row))
+    answers = sorted({problem.answer for problem in problems})
+    verdicts = dict(zip(answers, verifier(answers, [f"</think>\\boxed{{{answer}}}" for answer in answers])))
+    left_out["whose answer math-verify does not find equal to itself"] = sum(
+        verdicts[problem.answer] != RIGHT for problem in problems)
+    problems = [problem for problem in problems if verdicts[problem.answer] == RIGHT]
+    for reason, count in left_out.items():
+        if count:
+            print(f"{source}: left out {count} of {len(rows)} rows {reason}")
+    leave_out_demonstrations(source, problems, verifier)
+    if not problems:
+        fail(f"{source}: none of its {len(rows)} rows can be used")
+    return problems
+
+
+def leave_out_demonstrations(source: str, problems: list[Problem], verifier):
+    """Takes away, and counts, demonstrations whose answer is missing or wrong: nobody should imitate them."""
+    demonstrated = [problem for problem in problems if problem.demonstration]
+    verdicts = verifier([problem.answer for problem in demonstrated],
+                        [problem.demonstration for problem in demonstrated])
+    left_out = Counter()
+    for problem, verdict in zip(demonstrated, verdicts):
+        if verdict != RIGHT:
+            left_out["that box no answer after </think>" if verdict is None else "whose answer is not the reference"] += 1
+            problem.demonstration = ""
+    for reason, count in left_out.items():
+        print(f"{source}: left out {count} of {len(demonstrated)} demonstrations {reason}")
+
+
+def read_data(args: Args) -> tuple[list[dict], list[tuple[str, int, list[dict]]]]:
+    """Rows to train on, none with --eval_only, and (name, samples, rows) for each source in --eval_data."""
+    if args.eval_only and not args.eval_data:
+        fail("--eval_only needs --eval_data")
+    held_out = []
+    for source in filter(None, args.eval_data.split(",")):
+        name, samples = re.fullmatch(r"(.+?)(?:@(\d+))?", source).groups()
+        check(f"--eval_data {source}: the number of samples", int(samples or 1), 1)
+        held_out.append((name, int(samples or 1), read_rows(name, held_out=True)))
+    return [] if args.eval_only else read_rows(args.data), held_out
+
+
+def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
+    """Problems to train on and held-out problems (lists of Problem) from what read_data has read."""
+    options = {"system": args.system or SYSTEM, "prompt_end": args.prompt_end}
+    problems = []
+    if not args.eval_only:
+        problems = load_problems(args.data, train_rows, tokenizer, verifier, args.max_prompt, **options)
+        row = problems[0].row  # whose prompt is a list of messages, if it has one
+        if not args.system and "prompt" in row and row["prompt"][0]["role"] == "system":
+            options["system"] = row["prompt"][0]["content"]  # tested in the words in which it is trained
+    if not held_out_rows:
+        problems = random.Random(0).sample(problems, len(problems))
+        size = min(128, len(problems) // 10)
+        return problems[size:], problems[:size]
+    held_out = []
+    for name, samples, rows in held_out_rows:
+        part = load_problems(name, rows, tokenizer, verifier, args.max_prompt, **options)
+        for problem in part:
+            problem.samples = samples
+        held_out += part
+    return problems, held_out
