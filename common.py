@@ -104,7 +104,7 @@ def parse(cls, doc: str, smallest_n: int = 2):
         else:
             parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], **options)
     args = cls(**vars(parser.parse_args()))
-    is_toy = args.model == "toy" or (args.data or "").startswith("toy")
+    is_toy = "toy" in (args.model, *(str(source)[:3] for source in (args.data, args.eval_data)))
     for f in fields(cls):
         if getattr(args, f.name) is None:
             setattr(args, f.name, f.metadata["toy" if is_toy else "real"])
@@ -199,7 +199,6 @@ class Row:
 class Batch:
     """Rows as tensors: prompts and responses, right-padded to S tokens, and responses alone, to T."""
     tokens: torch.Tensor      # (B, S) ids
-    valid: torch.Tensor       # (B, S) true on prompt and response
     positions: torch.Tensor   # (B, T) where in S a response token stands
     mask: torch.Tensor        # (B, T) true on response tokens, from lengths: EOS is a token like any other
     old_logp: torch.Tensor    # (B, T)
@@ -214,9 +213,8 @@ def collate(rows: list[Row], device) -> Batch:
     mask = offset < length
     tokens = pad_sequence([torch.tensor(row.problem.prompt + row.response) for row in rows], batch_first=True)
     old_logp = [torch.zeros(len(row.response)) if row.old_logp is None else row.old_logp for row in rows]
-    batch = Batch(tokens, torch.arange(tokens.shape[1]) < start + length, (start + offset) * mask, mask,
-                  pad_sequence(old_logp, batch_first=True), torch.tensor([row.advantage for row in rows]),
-                  torch.tensor([row.is_demo for row in rows]))
+    batch = Batch(tokens, (start + offset) * mask, mask, pad_sequence(old_logp, batch_first=True),
+                  torch.tensor([row.advantage for row in rows]), torch.tensor([row.is_demo for row in rows]))
     return Batch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
@@ -295,7 +293,8 @@ def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entr
 def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
     """Log-probs of response tokens and entropy (zeros without `entropy`), both (B, T); 0 outside the mask."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        output = model.base_model(input_ids=batch.tokens, attention_mask=batch.valid.long(), use_cache=False)
+        # No attention mask: padding is on the right, where no causal token looks, and flash kernels take none.
+        output = model.base_model(input_ids=batch.tokens, use_cache=False)
         row, _ = batch.mask.nonzero(as_tuple=True)            # (N,) for the N tokens in the mask
         position = batch.positions[batch.mask]                # (N,)
         hidden = output.last_hidden_state[row, position - 1]  # (N, H): what predicts them

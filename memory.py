@@ -26,7 +26,7 @@ def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1) -> di
     return {
         "weights, float32": 4 * parameters,
         "their gradients": 4 * parameters,
-        "moments of AdamW": 8 * parameters * optimizers,
+        "moments of AdamW" + ", of both" * (optimizers == 2): 8 * parameters * optimizers,
         "weights cast to bfloat16": 2 * parameters,
         "inputs of the layers": 4 * layers * hidden * micro_tokens,
         "inside one layer": (40 * hidden + 14 * inner) * micro_tokens,

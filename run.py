@@ -112,7 +112,7 @@ class Run:
 
     def make_folder(self, settings: dict):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=self.args.resume)
             (self.folder / "args.json").write_text(json.dumps(settings, indent=2))
         except OSError as error:
             fail(f"{self.folder} cannot be written: {error.strerror}")
