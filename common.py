@@ -5,7 +5,6 @@ run's state and outputs. Left out on purpose: several GPUs, LoRA, reward models,
 trackers (metrics.jsonl loads anywhere).
 """
 import argparse
-import errno
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,10 +28,13 @@ def fail(message: str):
 
 def explain(kind, error, trace):
     """For what goes wrong later: one line where it is enough. The last checkpoint stays."""
+    cause = error
+    while cause and not isinstance(cause, OSError):  # of a full disk torch.save makes a RuntimeError
+        cause = cause.__context__
     if issubclass(kind, torch.OutOfMemoryError):
         print(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}", file=sys.stderr)
-    elif "No space left" in str(error) or getattr(error, "errno", None) in (errno.EROFS, errno.EACCES):
-        print(f"cannot write: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+    elif cause:  # a full disk, a file that may not be written, a folder that has gone
+        print(f"ended by the system: {cause}; --resume goes on from the last checkpoint", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:

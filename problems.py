@@ -157,8 +157,10 @@ def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
             options["system"] = row["prompt"][0]["content"]  # tested in the words in which it is trained
     if not held_out_rows:
         problems = random.Random(0).sample(problems, len(problems))
-        size = min(128, len(problems) // 10)
-        return problems[size:], problems[:size]
+        texts = list(dict.fromkeys(problem.text for problem in problems))  # a text may have several responses
+        texts = set(texts[:min(128, len(texts) // 10)])
+        held_out = {problem.text: problem for problem in problems if problem.text in texts}
+        return [problem for problem in problems if problem.text not in texts], list(held_out.values())
     held_out = []
     for name, samples, rows in held_out_rows:
         part = load_problems(name, rows, tokenizer, verifier, args.max_prompt, **options)

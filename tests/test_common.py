@@ -355,6 +355,11 @@ def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, t
     run = make_run("grpo", *flags, "--name", "a")
     assert len(run.held_out) == 2  # a tenth
     assert sorted(problem.index for problem in run.train + run.held_out) == list(range(20))
+    rows = [{"problem": f"a={i % 10};a?", "answer": "1", "response": str(i)} for i in range(40)]
+    responses = write_jsonl(tmp_path / "responses.jsonl", rows)  # four to each problem
+    run = make_run("topr", *flags[:2], "--offline", responses, "--data", responses, *SMALL, "--name", "c")
+    assert len(run.held_out) == 1 and len(run.train) == 36
+    assert run.held_out[0].text not in {problem.text for problem in run.train}
     rows = [{"problem": "a?", "answer": "1", "data_source": "mine"}]
     other = write_jsonl(tmp_path / "held_out.jsonl", rows)
     run = make_run("grpo", *flags, "--name", "b", "--eval_data", other)
