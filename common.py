@@ -1,6 +1,6 @@
 """What is not the method: flags, the model, batches, log-probs.
 
-problems.py reads them, rollout.py samples, verification.py rewards, evaluation.py tests, run.py keeps a
+problems.py reads problems, rollout.py samples, verification.py rewards, evaluation.py tests, run.py keeps a
 run's state and outputs. Left out on purpose: several GPUs, LoRA, reward models, a KL term, experiment
 trackers (metrics.jsonl loads anywhere).
 """
@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 LOGIT_CHUNK = 256  # tokens whose logits are held at once
 PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
@@ -20,23 +22,28 @@ PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 
 
+def say(message: str):
+    """One line on stderr, above the progress bar if there is one."""
+    tqdm.write(" ".join(message.split())[:600], file=sys.stderr)
+
+
 def fail(message: str):
     """For the user's mistakes: one line that says what is wrong, where and what to do; exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())[:600]}", file=sys.stderr)
+    say(f"{Path(sys.argv[0]).name}: error: {message}")
     raise SystemExit(2)
 
 
 def explain(kind, error, trace):
     """For what goes wrong later: one line where it is enough. The last checkpoint stays."""
     cause = error
-    while cause and not isinstance(cause, OSError):  # of a full disk torch.save makes a RuntimeError
+    while cause and not isinstance(cause, (OSError, SafetensorError)):  # torch.save raises on top of it
         cause = cause.__context__
-    if issubclass(kind, torch.OutOfMemoryError):
-        print(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}", file=sys.stderr)
+    if issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # GPU, CPU
+        say(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}")
     elif cause:  # a full disk, a file that may not be written, a folder that has gone
-        print(f"ended by the system: {cause}; --resume goes on from the last checkpoint", file=sys.stderr)
+        say(f"ended by the system: {cause}; --resume goes on from the last checkpoint")
     elif issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -295,7 +302,7 @@ def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entr
 def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
     """Log-probs of response tokens and entropy (zeros without `entropy`), both (B, T); 0 outside the mask."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        # No attention mask: padding is on the right, where no causal token looks, and flash kernels take none.
+        # Without a mask, which flash kernels do not take: padding is on the right, where no token looks.
         output = model.base_model(input_ids=batch.tokens, use_cache=False)
         row, _ = batch.mask.nonzero(as_tuple=True)            # (N,) for the N tokens in the mask
         position = batch.positions[batch.mask]                # (N,)

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: its mean over samples, pass@k, a table, and every answer with its verdict."""
+"""Accuracy on held-out problems: mean over samples, pass@k, a table, and every answer with its verdict."""
 import json
 import math
 import statistics
@@ -49,7 +49,8 @@ def table(summary: dict[str, dict[str, float]]) -> str:
     mean = statistics.mean(figures["accuracy"] for figures in summary.values())
     lines.append(["mean of slices", "", "", f"{mean:.3f}", *[""] * len(ks)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def write_answers(path, step: int, rows, texts: list[str], verdicts: list[int | None]):

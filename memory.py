@@ -18,8 +18,8 @@ def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1) -> di
     """{what: bytes} at the peak of an update on micro-batches of `micro_tokens` tokens with padding.
 
     Mixed precision: float32 weights, gradients and moments, bfloat16 matrix products. Of a layer only its
-    input is kept; in backward one layer at a time is computed again. 31 H + 8 I bytes a token is what autograd
-    then keeps of a Qwen2 layer (tests/test_memory.py counts it); the rest are gradients on their way.
+    input is kept; in backward one layer at a time is computed again. 31 H + 8 I bytes a token is what
+    autograd then keeps of a Qwen2 layer (tests/test_memory.py counts them); the rest are gradients.
     """
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = config.vocab_size * hidden
@@ -72,9 +72,14 @@ def dry_run(args, script: str, device: torch.device):
     for card in cards:
         largest = largest_micro_tokens(config, parameters, card, optimizers)
         cache = cache_tokens(config, parameters, card * args.gpu_memory_utilization)
-        enough = "enough" if largest >= args.micro_tokens else "lower --micro_tokens" if largest >= row else \
-                 f"too small for a row of {row} tokens: lower --max_response" if largest > args.max_prompt else \
-                 "too small for this model"
-        print(f"a card of {card / GIB:.0f} GiB: {enough}; --micro_tokens up to {max(0, largest):,}; "
+        if largest >= args.micro_tokens:
+            verdict = "enough"
+        elif largest >= row:
+            verdict = "lower --micro_tokens"
+        elif largest > args.max_prompt:
+            verdict = f"too small for a row of {row} tokens: lower --max_response"
+        else:
+            verdict = "too small for this model"
+        print(f"a card of {card / GIB:.0f} GiB: {verdict}; --micro_tokens up to {max(0, largest):,}; "
               f"vLLM's cache holds {max(0, cache) // row} responses of full length at once")
     raise SystemExit(0)

@@ -73,13 +73,14 @@ def read_problem(row: dict, system: str) -> tuple[list[dict], str, str]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("without a problem")
     for message in messages:
-        text = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(text, str) or not text.strip():
+        text, role = [isinstance(message, dict) and message.get(name) for name in ("content", "role")]
+        if not isinstance(role, str) or not isinstance(text, str) or not text.strip():
             raise ValueError("whose problem is empty or not text")
     if not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError("without an answer")
     if not isinstance(demonstration, str):
         demonstration = ""
+    messages = [{name: message[name] for name in ("role", "content")} for message in messages]
     return messages, str(answer), demonstration
 
 
@@ -128,8 +129,9 @@ def leave_out_demonstrations(source: str, problems: list[Problem], verifier):
     left_out = Counter()
     for problem, verdict in zip(demonstrated, verdicts):
         if verdict != RIGHT:
-            left_out["that box no answer after </think>" if verdict is None else "whose answer is not the reference"] += 1
             problem.demonstration = ""
+            left_out["that box no answer after </think>" if verdict is None else
+                     "whose answer is not the reference"] += 1
     for reason, count in left_out.items():
         print(f"{source}: left out {count} of {len(demonstrated)} demonstrations {reason}")
 

@@ -75,7 +75,8 @@ class Run:
         self.sampler.update(self.model)
         if isinstance(self.sampler, TransformersSampler):  # it samples with the trainer's own weights
             return
-        rows = self.generate((self.train or self.held_out)[:1] * 8, min(32, self.args.max_response), 1.0, self.args.seed)
+        problem, length = (self.train or self.held_out)[0], min(32, self.args.max_response)
+        rows = self.generate([problem] * 8, length, 1.0, self.args.seed)
         batch = common.collate(rows, self.device)
         logp, _ = common.logprobs(self.model.eval(), batch, 1.0)
         sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
@@ -123,8 +124,8 @@ class Run:
         demonstrated = sum(bool(problem.demonstration) for problem in self.train)
         print(f"{self.script} on {self.device}: {args.model}, {size / 1e6:.1f}M parameters; {self.folder}/")
         if not args.eval_only:
-            print(f"{len(self.train)} problems from {args.data}, {demonstrated} of them with a demonstration; "
-                  f"{len(self.held_out)} held out")
+            print(f"{len(self.train)} problems from {args.data}, {demonstrated} of them with a "
+                  f"demonstration; {len(self.held_out)} held out")
             print(f"{args.steps} steps of {args.prompts} prompts x {args.n} responses of at most "
                   f"{args.max_response} tokens, {args.updates} optimiser steps on each")
         print(f"--- a rendered prompt\n{example.text}")
@@ -252,7 +253,7 @@ class Run:
         tqdm.write(f"saved {len(ended)} of {len(rows)} responses; the others were cut")
 
     def keep_set(self, rows: list[Row]):
-        """Keeps rows for the steps to come, in the checkpoint and, with --save_rollouts, in rollouts.jsonl."""
+        """Keeps rows for the steps to come; with --save_rollouts also in rollouts.jsonl."""
         self.state["set"] = self.pack(rows)
         if self.args.save_rollouts:
             self.save_rollouts(rows)
@@ -404,7 +405,7 @@ class Run:
 
     # ---- evaluation and outputs
     def evaluate(self) -> dict[str, float]:
-        """accuracy/<slice> and, with several samples of a problem, pass@k/<slice> of the held-out problems."""
+        """accuracy/<slice> and, with several samples of a problem, pass@k/<slice> of held-out problems."""
         args = self.args
         problems = [problem for problem in self.held_out for _ in range(problem.samples)]
         rows = self.generate(problems, args.eval_response, args.eval_temperature, args.seed)

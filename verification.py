@@ -18,7 +18,8 @@ ANSWER_SECONDS = 3.0        # wall clock for one answer
 ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
 ANSWER_CHARACTERS = 10_000  # a longer boxed answer is wrong unread
 RIGHT, WRONG, UNPARSED, TIMEOUT, CRASH = 0, 1, 2, -signal.SIGALRM, -signal.SIGKILL
-NAMES = {RIGHT: "right", WRONG: "wrong", UNPARSED: "unparsed", TIMEOUT: "timeout", None: "no answer"}  # else crash
+NAMES = {RIGHT: "right", WRONG: "wrong", UNPARSED: "unparsed", TIMEOUT: "timeout",
+         None: "no answer"}  # any other verdict is a crash
 
 
 def boxed_answer(response: str) -> str | None:

@@ -6,8 +6,8 @@
     python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"   # the harder base, see toy.py
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
 
-One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step, seconds
-of training until then (evaluation not counted), accuracy per slice, entropy and response length of the step.
+One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step,
+seconds of training until then (evaluation not counted), accuracy per slice, entropy and response length.
 """
 import argparse
 import json

@@ -1,10 +1,11 @@
-"""Kills runs with SIGKILL at random moments, resumes them, and compares them with runs that were left alone.
+"""Kills runs with SIGKILL, resumes them, and compares them with runs that were left alone.
 
-    python bench/kill.py                                # all five scripts, 20 kills or more
+    python bench/kill.py                                # all five scripts, 20 kills
     python bench/kill.py --scripts relift --kills 3
 
-On the CPU everything but timings must be the same to the bit: metrics.jsonl, samples.jsonl, the final weights.
-A checkpoint is written after every step, so that many kills fall into the writing of one.
+On the CPU everything but timings must be the same to the bit: metrics.jsonl, samples.jsonl, final weights.
+A checkpoint is written after every step; every other kill waits for the writing of one to begin, the others
+come at random moments. A checkpoint/state.new that a kill leaves behind shows that it fell into the writing.
 """
 import argparse
 import json
@@ -46,6 +47,32 @@ def start(script: str, model: Path, folder: Path, *flags: str) -> subprocess.Pop
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def changed(path: Path) -> int:
+    """When a file was written to, 0 if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def kill(process: subprocess.Popen, run: Path, in_writing: bool, rng: random.Random) -> bool:
+    """Kills it some time after it has logged a step. Has it left a checkpoint half written?"""
+    log, new = run / "metrics.jsonl", run / "checkpoint" / "state.new"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.01)
+    size, old = log.stat().st_size if log.exists() else 0, changed(new)
+    while process.poll() is None and log.stat().st_size <= size:
+        time.sleep(0.005)
+    if in_writing:
+        while process.poll() is None and changed(new) in (0, old):
+            time.sleep(0.0005)
+    else:
+        time.sleep(rng.random() * 0.5)
+    process.kill()
+    process.wait()
+    return changed(new) not in (0, old)
+
+
 def outputs(folder: Path) -> dict:
     """All that must be the same: logs without timings, weights."""
     run = folder / "runs" / "run"
@@ -72,19 +99,14 @@ def main():
             said, _ = process.communicate()
             if process.returncode:
                 sys.exit(f"{script}: {said}")
-            places, flags = [], []
-            while len(places) < args.kills:
-                process = start(script, model, killed, *flags)
-                log, before = killed / "runs" / "run" / "metrics.jsonl", 0
-                while process.poll() is None and not log.exists():
-                    time.sleep(0.01)
-                before = log.stat().st_size if log.exists() else 0
-                while process.poll() is None and log.stat().st_size <= before:  # until it has logged a step
-                    time.sleep(0.005)
-                time.sleep(rng.random() * 0.5)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                places.append(sum(1 for _ in open(log)) - 1)
+            places, halves, flags = [], 0, []
+            for number in range(args.kills):
+                process, run = start(script, model, killed, *flags), killed / "runs" / "run"
+                half = kill(process, run, number % 2 == 0, rng)
+                if process.returncode != -signal.SIGKILL:  # it came to its end before
+                    break
+                halves += half
+                places.append(sum(1 for _ in open(run / "metrics.jsonl")) - 1)
                 flags = ["--resume"]
             process = start(script, model, killed, "--resume")
             said, _ = process.communicate()
@@ -93,7 +115,8 @@ def main():
             expected, found = outputs(alone), outputs(killed)
             differing = [name for name in expected if expected[name] != found.get(name)]
             failed = failed or bool(differing)
-            print(f"{script}: killed {args.kills} times, after steps {places}; "
+            print(f"{script}: killed {len(places)} times, after steps {places}, {halves} times while a "
+                  f"checkpoint was written; "
                   f"{'different: ' + ', '.join(differing) if differing else 'the same'}", flush=True)
     sys.exit(failed)
 

@@ -1,4 +1,4 @@
-"""Evaluation: pass@k against its definition, the table, every answer in a file, and --eval_only as a user runs it."""
+"""Evaluation: pass@k against its definition, the table, every answer in a file, --eval_only as it is run."""
 import itertools
 import json
 import math
@@ -9,6 +9,7 @@ from conftest import SMALL, TESTS, load, read_jsonl, run_script, write_jsonl
 
 import evaluation
 from common import Problem, Row
+from problems import SYSTEM as OURS
 
 
 @pytest.mark.parametrize("samples, right", [(4, 0), (4, 1), (5, 3), (6, 6), (1, 1), (1, 0), (7, 2)])
@@ -29,7 +30,8 @@ def rows_of(*groups: tuple[str, list[float]]) -> list[Row]:
 
 
 def test_a_summary_has_the_mean_over_problems_its_error_and_pass_at_k():
-    summary = evaluation.summarise(rows_of(("a", [1, 0, 0, 0]), ("a", [1, 1, 1, 1]), ("b", [0]), ("b", [1]), ("b", [1])))
+    rows = rows_of(("a", [1, 0, 0, 0]), ("a", [1, 1, 1, 1]), ("b", [0]), ("b", [1]), ("b", [1]))
+    summary = evaluation.summarise(rows)
     a, b = summary["a"], summary["b"]
     assert (a["problems"], a["samples"], b["problems"], b["samples"]) == (2, 4, 3, 1)
     assert a["accuracy"] == pytest.approx((0.25 + 1) / 2)
@@ -47,7 +49,7 @@ def test_a_summary_has_the_mean_over_problems_its_error_and_pass_at_k():
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory) -> list[str]:
-    """Two benchmarks for the coin model, with other column names and a list for an answer, as some on the Hub."""
+    """Two benchmarks for the coin model; one has the column names and lists of some on the Hub."""
     folder = tmp_path_factory.mktemp("benchmarks")
     first = [{"question": f"a={i:02d};a?", "final_answer": [str(i % 2)]} for i in range(6)]
     second = [{"problem": f"b={i:02d};b?", "answer": i % 2, "data_source": "mine"} for i in range(4)]
@@ -55,9 +57,8 @@ def benchmarks(tmp_path_factory) -> list[str]:
 
 
 def test_eval_only_as_a_user_runs_it(coin_model, benchmarks, tmp_path):
-    process = run_script("grpo.py", "--model", coin_model, "--eval_only", "--eval_data",
-                         f"{benchmarks[0]}@8,{benchmarks[1]}", *SMALL, "--eval_temperature", "1", "--name", "test",
-                         cwd=tmp_path)
+    process = run_script("grpo.py", "--model", coin_model, "--eval_only", *SMALL, "--eval_temperature", "1",
+                         "--eval_data", f"{benchmarks[0]}@8,{benchmarks[1]}", "--name", "test", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     folder = tmp_path / "runs" / "test"
     assert sorted(path.name for path in folder.iterdir()) == ["answers.jsonl", "args.json", "metrics.jsonl"]
@@ -96,14 +97,14 @@ def test_what_cannot_be_evaluated_is_one_line(flags, named, coin_model, command_
     assert not (tmp_path / "runs").exists()
 
 
-# ------------------------------------------------------------------------------------------- what the papers render
+# ------------------------------------------------------------------------------------ what the papers render
 SYSTEM = "Think first."
 QUESTION = "What is 1 + 1?"
 
 
 @pytest.fixture
 def qwen_math(tiny_model, tmp_path) -> str:
-    """The tiny model with the chat template of Qwen2.5-Math, which has a system prompt of its own and no <think>."""
+    """The tiny model with Qwen2.5-Math's chat template: a system prompt of its own and no <think>."""
     model, tokenizer = load(tiny_model)
     tokenizer.chat_template = (TESTS / "golden" / "qwen2.5-math.jinja").read_text()
     model.save_pretrained(tmp_path / "math")
@@ -117,7 +118,7 @@ def rendered(system: str) -> str:
 
 
 def test_the_papers_prompt_in_training_and_in_evaluation(qwen_math, make_run, tmp_path, capsys):
-    """The data's system message instead of the template's, and <think>; benchmarks are asked in the same words."""
+    """The data's system message instead of the template's, and <think>; benchmarks are asked alike."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
     thought = "<think>\n1+1\n</think>\n\\boxed{2}"
     row = {"prompt": messages, "reward_model": {"ground_truth": "2"},
@@ -129,7 +130,7 @@ def test_the_papers_prompt_in_training_and_in_evaluation(qwen_math, make_run, tm
     run = make_run("luffy", *flags)
     assert run.train[0].text == run.held_out[0].text == rendered(SYSTEM)
     response = run.encode(run.train[0], run.train[0].demonstration)
-    assert run.tokenizer.decode(response[:-1]) == thought.removeprefix("<think>\n")  # there is one in the prompt
+    assert run.tokenizer.decode(response[:-1]) == thought.removeprefix("<think>\n")  # it is in the prompt
     run.announce()
     assert rendered(SYSTEM) in capsys.readouterr().out
     other = make_run("luffy", *flags, "--system", "Be brief.", "--prompt_end", "", "--name", "other")
@@ -138,9 +139,8 @@ def test_the_papers_prompt_in_training_and_in_evaluation(qwen_math, make_run, tm
 
 
 def test_benchmarks_without_training_data_are_asked_in_our_words(qwen_math, make_run, tmp_path):
-    from problems import SYSTEM as OURS
     benchmark = write_jsonl(tmp_path / "benchmark.jsonl", [{"problem": QUESTION, "answer": "2"}])
-    run = make_run("luffy", "--model", qwen_math, "--eval_only", "--eval_data", benchmark, "--max_prompt", "250",
-                   "--max_response", "5", "--eval_response", "5")
+    run = make_run("luffy", "--model", qwen_math, "--eval_only", "--eval_data", benchmark,
+                   "--max_prompt", "250", "--max_response", "5", "--eval_response", "5")
     assert run.train == [] and run.held_out[0].text == rendered(OURS)
     assert json.loads((run.folder / "args.json").read_text())["prompt_end"] == "<think>\n"

@@ -140,6 +140,7 @@ def last_words(error, capsys) -> str:
     sys.excepthook(error.type, error.value, error.tb)
     said = re.split(r"[\r\n]|\x1b\[A", capsys.readouterr().err)  # bars end in "]" and without a line break
     line, = [line for line in said if line.strip() and not line.endswith("]")]
+    assert "step/s" not in line
     return line
 
 
@@ -163,14 +164,14 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(
     with pytest.raises((OSError, RuntimeError)) as error:
         command_line("grpo", *flags, "--steps", "5", "--resume").main()
     words = last_words(error, capsys)
-    assert words.startswith("cannot write: ") and "File too large" in words
+    assert words.endswith("File too large; --resume goes on from the last checkpoint")
     assert (folder / "checkpoint" / "state.new").exists() == (what == "a checkpoint")
     limit_files()
     command_line("grpo", *flags, "--steps", "5", "--resume").main()
     assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
                                    None), ids=("GPU", "CPU"))
 def test_out_of_memory_is_one_line_that_names_the_flags(command_line, tiny_model, coin_data, monkeypatch,
                                                         capsys, error):
@@ -190,10 +191,12 @@ def test_out_of_memory_is_one_line_that_names_the_flags(command_line, tiny_model
 
 
 # --------------------------------------------------------------------------------------------- bad rows
-ANYTHING = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-                        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner,
-                                                                                    max_size=2), max_leaves=4)
-MESSAGES = st.lists(st.fixed_dictionaries({"role": ANYTHING, "content": ANYTHING}), max_size=2)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4)
+ROLE = ANYTHING | st.sampled_from(("system", "user", "assistant"))
+MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLE, "content": ANYTHING}), max_size=2)
 GOLD = st.fixed_dictionaries({"ground_truth": ANYTHING})
 PLAIN = st.fixed_dictionaries({"problem": ANYTHING, "answer": ANYTHING}, optional={"demonstration": ANYTHING})
 CHAT = st.fixed_dictionaries({"prompt": ANYTHING | MESSAGES, "reward_model": ANYTHING | GOLD},

@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 import common
 import memory
 
-QWEN_MATH = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936,
-             "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-             "intermediate_size": 8960, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+QWEN_MATH = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536,
+    "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
+    "max_position_embeddings": 4096, "tie_word_embeddings": True}
 
 
 def kept_bytes(hidden: int, inner: int, tokens: int = 200) -> int:
@@ -103,7 +104,6 @@ def test_the_readmes_table_is_what_the_estimate_says():
 
 
 def test_rope_and_positions_are_those_of_the_flags(tiny_model, make_run, coin_data, tmp_path):
-    from conftest import SMALL
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--rope_theta", "40000",
                    "--max_positions", "512", "--max_response", "400")
     plain, _ = common.load_model(make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL,
