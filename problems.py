@@ -33,19 +33,23 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
             splits = datasets.load_dataset(builders[path.suffix], data_files=str(path))
         else:
             splits = datasets.load_dataset(source)
-        rows = splits["test" if held_out and "test" in splits else "train"]
+        split = "test" if held_out and "test" in splits else "train"
+        if split not in splits:
+            fail(f"{source} has no split {split}, only {', '.join(splits)}")
+        rows = splits[split].to_list()
     except Exception as error:  # whatever a parser or the network says of the user's data is passed on
         if path.suffix == ".jsonl":
             find_broken_line(path)
         fail(f"{source} cannot be read as a dataset: {error}: {error.__cause__ or ''}")
+    columns = set(rows[0]) if rows else {"problem", "answer"}
     for name, other in (("question", "problem"), ("final_answer", "answer")):  # as some benchmarks have them
-        if name in rows.column_names and other not in rows.column_names:
-            rows = rows.rename_column(name, other)
-    columns = sorted(rows.column_names)
-    if len(rows) and not ({"problem", "answer"} <= {*columns} or {"prompt", "reward_model"} <= {*columns}):
+        if name in columns and other not in columns:
+            columns.add(other)
+            rows = [row | {other: row[name]} for row in rows]
+    if not ({"problem", "answer"} <= columns or {"prompt", "reward_model"} <= columns):
         fail(f"{source}: needs the columns `problem` and `answer`, or `prompt` and `reward_model`; "
-             f"it has {', '.join(columns)}")
-    return rows.to_list()
+             f"it has {', '.join(sorted(columns))}")
+    return rows
 
 
 def find_broken_line(path: Path):
@@ -59,7 +63,7 @@ def find_broken_line(path: Path):
 
 def read_problem(row: dict, system: str) -> tuple[list[dict], str, str]:
     """(chat messages, answer, demonstration) of a row in either schema; ValueError: why not."""
-    if "prompt" in row:  # the schema of Elliott/Openr1-Math-46k-8192
+    if isinstance(row.get("prompt"), list):  # the schema of Elliott/Openr1-Math-46k-8192
         messages, demonstration, gold = row["prompt"], row.get("target"), row.get("reward_model")
         answer = gold.get("ground_truth") if isinstance(gold, dict) else None
         if isinstance(demonstration, list):
@@ -154,8 +158,8 @@ def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
     problems = []
     if not args.eval_only:
         problems = load_problems(args.data, train_rows, tokenizer, verifier, args.max_prompt, **options)
-        row = problems[0].row  # whose prompt is a list of messages, if it has one
-        if not args.system and "prompt" in row and row["prompt"][0]["role"] == "system":
+        row = problems[0].row
+        if not args.system and isinstance(row.get("prompt"), list) and row["prompt"][0]["role"] == "system":
             options["system"] = row["prompt"][0]["content"]  # tested in the words in which it is trained
     if not held_out_rows:
         problems = random.Random(0).sample(problems, len(problems))

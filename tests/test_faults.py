@@ -247,6 +247,23 @@ def test_the_broken_line_of_a_jsonl_file_is_named(tmp_path, capsys):
     assert "rows.jsonl, line 4" in capsys.readouterr().err
 
 
+def test_windows_files_and_rows_of_both_schemas_are_read(tmp_path, verifier, tiny_tokenizer):
+    chat = {"prompt": [{"role": "user", "content": "b=2;b?"}], "reward_model": {"ground_truth": "2"}}
+    rows = [{"problem": "a=1;a?", "answer": "1"}, chat, {"problem": "c=3;c?", "answer": "x"}]
+    text = "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n"
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    problems = load_problems("rows", read_rows(str(tmp_path / "rows.jsonl")), tiny_tokenizer, verifier, 60)
+    assert [(problem.answer, problem.text.count("\r")) for problem in problems] == [("1", 0), ("2", 0), ("x", 0)]
+
+
+def test_a_file_in_another_encoding_is_one_line(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_bytes('{"problem": "é?", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(SystemExit) as error:
+        read_rows(str(tmp_path / "rows.jsonl"))
+    assert error.value.code == 2
+    assert "utf-8" in capsys.readouterr().err
+
+
 def test_a_truncated_parquet_file_is_one_line(tmp_path, capsys):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(SystemExit) as error:
