@@ -79,11 +79,12 @@ class VLLMSampler:
         else:
             options = {"dtype": "bfloat16", "enable_sleep_mode": True,
                        "gpu_memory_utilization": gpu_memory_utilization}
-        positions = ("rope_parameters", "max_position_embeddings")  # which the trainer may have changed
+        changed = {name: getattr(model.config, name)
+                   for name in ("rope_parameters", "max_position_embeddings") if hasattr(model.config, name)}
         try:
             self.engine = vllm.LLM(
                 model.name_or_path, load_format="dummy", skip_tokenizer_init=True,
-                hf_overrides={name: getattr(model.config, name) for name in positions},
+                hf_overrides=changed,  # by --rope_theta and --max_positions
                 logprobs_mode="processed_logprobs",  # processed: after the temperature
                 max_model_len=max_model_len, **options)
         except Exception as error:  # whatever vLLM says of the model, the card and its memory is passed on

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import shlex
 import signal
@@ -114,7 +115,8 @@ class Run:
     def make_folder(self, settings: dict):
         try:
             self.folder.mkdir(parents=True, exist_ok=self.args.resume)
-            (self.folder / "args.json").write_text(json.dumps(settings, indent=2))
+            (self.folder / "args.new").write_text(json.dumps(settings, indent=2))
+            os.replace(self.folder / "args.new", self.folder / "args.json")  # whole or not at all
         except OSError as error:
             fail(f"{self.folder} cannot be written: {error.strerror}")
 
@@ -452,7 +454,10 @@ class Run:
     def load_checkpoint(self) -> dict | None:
         """The last checkpoint, if there is one. What was logged after it is cut off and will come again."""
         path = self.folder / "checkpoint" / "state.pt"
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            fail(f"{path} cannot be read: {error}")
         for log in self.folder.glob("*.jsonl"):
             os.truncate(log, saved["sizes"].get(log.name, 0) if saved else 0)
         if saved:

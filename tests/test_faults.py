@@ -39,6 +39,19 @@ def test_a_half_written_checkpoint_does_not_hide_the_last_good_one(make_run, tin
     assert run.load_checkpoint()["step"] == 1
 
 
+@pytest.mark.parametrize("spoiled", (b"", b"no checkpoint", b"PK and no more", None))
+def test_a_checkpoint_that_cannot_be_read_is_one_line(make_run, tiny_model, coin_data, capsys, spoiled):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
+    run.save_checkpoint()
+    path = run.folder / "checkpoint" / "state.pt"
+    path.write_bytes(path.read_bytes()[:3000] if spoiled is None else spoiled)  # None: its beginning
+    with pytest.raises(SystemExit) as error:
+        make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x", "--resume")
+    assert error.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "state.pt cannot be read" in line
+
+
 def test_what_was_logged_after_the_checkpoint_comes_only_once(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, "--name", "x", *SMALL)
     run.write_metrics({"before": 1})
