@@ -21,7 +21,8 @@ def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1) -> di
     input is kept; in backward one layer at a time is computed again. 31 H + 8 I bytes a token is what
     autograd then keeps of a Qwen2 layer (tests/test_memory.py counts them); the rest are gradients.
     """
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", 4 * hidden)
     head = config.vocab_size * hidden
     return {
         "weights, float32": 4 * parameters,
@@ -43,8 +44,9 @@ def largest_micro_tokens(config, parameters: int, card: float, optimizers: int =
 
 def cache_tokens(config, parameters: int, share: float) -> int:
     """Tokens of keys and values (bfloat16) in vLLM's share, in bytes, beside its weights."""
-    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    per_token = 2 * 2 * config.num_hidden_layers * heads * size
     return int((share - 2 * parameters) / per_token)
 
 

@@ -173,4 +173,7 @@ def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
         for problem in part:
             problem.samples = samples
         held_out += part
+    shared = {problem.text for problem in problems} & {problem.text for problem in held_out}
+    if shared:
+        print(f"{args.data}: {len(shared)} of the {len(held_out)} held-out problems are trained on too")
     return problems, held_out

@@ -93,7 +93,8 @@ def draw(evaluations: list[dict], path: Path):
             if points:
                 x = [statistics.mean(line[against] for line in points[step]) for step in sorted(points)]
                 values = [[line[metric] for line in points[step]] for step in sorted(points)]
-                axis.plot(x, [statistics.mean(v) for v in values], color=colour, label=method)
+                style = "--" if method == "TOPR, tis" else "-"  # it lies on TOPR's line
+                axis.plot(x, [statistics.mean(v) for v in values], style, color=colour, label=method)
                 low, high = [min(v) for v in values], [max(v) for v in values]
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.set_title(title, fontsize=11)

@@ -148,9 +148,9 @@ def make_run(command_line):
         run.verifier.close()
 
 
-def run_script(script: str, *flags: str, cwd: Path, threads: str | None = "1", seconds: float = 600):
-    """`python script flags` in the folder cwd, as a user runs it; threads None is torch's own choice."""
-    env = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
+def run_script(script: str, *flags: str, cwd: Path, seconds: float = 600):
+    """`python script flags` in the folder cwd, as a user runs it, but on one thread: others may be busy."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, env=env, text=True,
                           capture_output=True, timeout=seconds)
 

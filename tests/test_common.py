@@ -350,7 +350,7 @@ def test_every_epoch_has_every_problem_once_in_the_seeds_order(make_run, tiny_mo
     assert order(make_run("grpo", *flags, "--name", "c", "--seed", "1"), 7) != sum(epochs, [])
 
 
-def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, tmp_path):
+def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, tmp_path, capsys):
     flags = ("--model", tiny_model, "--data", coin_data, *SMALL)
     run = make_run("grpo", *flags, "--name", "a")
     assert len(run.held_out) == 2  # a tenth
@@ -365,3 +365,6 @@ def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, t
     run = make_run("grpo", *flags, "--name", "b", "--eval_data", other)
     assert [problem.part for problem in run.held_out] == ["mine"]
     assert len(run.train) == 20
+    assert "trained on too" not in capsys.readouterr().out
+    make_run("grpo", *flags, "--name", "d", "--eval_data", f"{other},{coin_data}")
+    assert "20 of the 21 held-out problems are trained on too" in capsys.readouterr().out

@@ -3,8 +3,7 @@ from conftest import read_jsonl, run_script
 
 
 def test_luffy_learns_what_the_base_model_almost_never_does(base_model, tmp_path):
-    process = run_script("luffy.py", "--steps", "30", "--eval_every", "30", "--name", "short", cwd=tmp_path,
-                         threads=None)
+    process = run_script("luffy.py", "--steps", "30", "--eval_every", "30", "--name", "short", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     first, *_, last = read_jsonl(tmp_path / "runs" / "short" / "metrics.jsonl")
     assert first["accuracy/hard"] < 0.1
