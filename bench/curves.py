@@ -1,9 +1,9 @@
 """Trains every method and the baselines on the toy over seeds, and draws bench/results/curves.png.
 
     pip install matplotlib
-    python bench/curves.py                       # all: about half an hour on two cores
+    python bench/curves.py                       # all: an hour or more on two cores
     python bench/curves.py --only LUFFY GRPO     # some
-    python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"   # the harder base, see toy.py
+    python bench/curves.py --q 0.01 --base_seeds 0 1 2 --seeds 0 1 --only LUFFY "LUFFY, no shaping"
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
 
 One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step,
