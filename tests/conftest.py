@@ -54,6 +54,25 @@ def assert_golden(case: dict, actual: torch.Tensor, expected, rtol: float = 1e-9
     torch.testing.assert_close(actual.detach().double(), expected, rtol=rtol, atol=atol)
 
 
+def assert_parts_add_up(loss_of_part, inputs: list[torch.Tensor], parts: list[list[int]], loss_of_whole=None):
+    """With the whole step's normaliser, losses, gradients and metrics of its micro-batches sum to the whole's.
+
+    The losses take the inputs, of which the first are the log-probs; parts are the rows of the micro-batches.
+    """
+    whole, pieces = inputs[0].clone().requires_grad_(), inputs[0].clone().requires_grad_()
+    loss, metrics = (loss_of_whole or loss_of_part)(whole, *inputs[1:])
+    loss.backward()
+    total, sums = 0.0, dict.fromkeys(metrics, 0.0)
+    for rows in parts:
+        part, part_metrics = loss_of_part(pieces[rows], *[tensor[rows] for tensor in inputs[1:]])
+        part.backward()
+        total += part.detach()
+        sums = {name: sums[name] + part_metrics[name][0].item() for name in sums}
+    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(pieces.grad, whole.grad, rtol=1e-12, atol=0)
+    assert sums == pytest.approx({name: value.item() for name, (value, _) in metrics.items()}, rel=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------ tiny models
 def save_model(model, folder: Path) -> str:
     model.save_pretrained(folder)

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SMALL, TESTS, assert_golden, golden, read_jsonl, run_script, tensors, write_jsonl
+from conftest import (SMALL, TESTS, assert_golden, assert_parts_add_up, golden, read_jsonl, run_script,
+                      tensors, write_jsonl)
 from safetensors.torch import load_file
 
 import chord
@@ -155,22 +156,12 @@ def test_without_rl_it_is_the_token_mean_of_fine_tuning_exactly(dtype):
 
 @pytest.mark.parametrize("phi", (False, True))
 def test_micro_batches_add_up(phi):
-    """With the step's token counts, losses, gradients and metrics of its parts sum to the whole's."""
-    logp, *others = some_rows()
-    mask, is_demo = others[2:]
-    whole = logp.clone().requires_grad_()
-    loss, metrics = chord_loss(whole, *others, 0.3, phi)  # by default the counts of these rows
-    loss.backward()
+    """Without demonstrations, without rollouts, with both. By default the counts are those of the rows."""
+    inputs = some_rows()
+    mask, is_demo = inputs[3:]
     counts = [int(mask[~is_demo].sum()), int(mask[is_demo].sum())]
-    parts, total, sums = logp.clone().requires_grad_(), 0.0, dict.fromkeys(metrics, 0.0)
-    for rows in ([0, 3], [1], [2, 4, 5]):  # without demonstrations, without rollouts, with both
-        part, part_metrics = chord_loss(parts[rows], *[tensor[rows] for tensor in others], 0.3, phi, *counts)
-        part.backward()
-        total += part.detach()
-        sums = {name: sums[name] + part_metrics[name][0].item() for name in sums}
-    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=0)
-    assert sums == pytest.approx({name: value.item() for name, (value, _) in metrics.items()}, rel=1e-12)
+    assert_parts_add_up(lambda *rows: chord_loss(*rows, 0.3, phi, *counts), inputs, [[0, 3], [1], [2, 4, 5]],
+                        lambda *rows: chord_loss(*rows, 0.3, phi))
 
 
 def test_phi_has_no_gradient_of_its_own():

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_golden, golden, tensors
+from conftest import assert_golden, assert_parts_add_up, golden, tensors
 
 from grpo import group_advantages, grpo_loss
 
@@ -94,17 +94,5 @@ def test_what_stands_in_padding_changes_nothing(garbage):
 
 
 def test_micro_batches_add_up():
-    """With one normaliser for the step, losses, gradients and metrics of its parts sum to the whole's."""
-    logp, old_logp, advantages, mask = some_rows()
-    whole = logp.clone().requires_grad_()
-    loss, metrics = grpo_loss(whole, old_logp, advantages, mask, mask.sum())
-    loss.backward()
-    parts, total, sums = logp.clone().requires_grad_(), 0.0, {name: 0.0 for name in metrics}
-    for rows in ([0, 3], [1], [2, 4]):
-        part, part_metrics = grpo_loss(parts[rows], old_logp[rows], advantages[rows], mask[rows], mask.sum())
-        part.backward()
-        total += part.detach()
-        sums = {name: sums[name] + part_metrics[name][0].item() for name in sums}
-    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=0)
-    assert sums == pytest.approx({name: value.item() for name, (value, _) in metrics.items()}, rel=1e-12)
+    inputs = some_rows()
+    assert_parts_add_up(lambda *rows: grpo_loss(*rows, inputs[3].sum()), inputs, [[0, 3], [1], [2, 4]])

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SMALL, assert_golden, golden, tensors, write_jsonl
+from conftest import SMALL, assert_golden, assert_parts_add_up, golden, tensors, write_jsonl
 
 from grpo import grpo_loss
 from luffy import luffy_loss, make_batch
@@ -105,6 +105,13 @@ def test_gradient_is_that_of_the_loss(gamma):
     is_demo = torch.tensor([1, 0, 0, 1, 0, 0])
     assert torch.autograd.gradcheck(
         lambda x: luffy_loss(x, old_logp, advantages, mask, is_demo, None, gamma)[0], logp.requires_grad_())
+
+
+def test_micro_batches_add_up():
+    """Demonstrations alone, rollouts alone, both."""
+    inputs = [*some_rows(torch.float64), torch.tensor([1, 0, 0, 1, 0, 0])]
+    assert_parts_add_up(lambda *rows: luffy_loss(*rows, 55), inputs, [[0, 3], [1], [2, 4, 5]])
+    assert_parts_add_up(lambda *rows: luffy_loss(*rows, 55), inputs, [[0, 1], [5, 3], [2, 4]])
 
 
 @pytest.mark.parametrize("garbage", (math.nan, math.inf, -math.inf, 1e30))

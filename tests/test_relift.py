@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, TESTS, assert_golden, golden, load, read_jsonl, tensors, write_jsonl
+from conftest import (SMALL, TESTS, assert_golden, assert_parts_add_up, golden, load, read_jsonl, tensors,
+                      write_jsonl)
 
 import relift
 from common import Problem, Row
@@ -59,19 +60,7 @@ LOSSES = {"rl": rl_loss, "sft": lambda logp, old_logp, advantages, mask, whole: 
 
 @pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
 def test_micro_batches_add_up(loss_of):
-    inputs = some_rows()
-    whole = inputs[0].clone().requires_grad_()
-    loss, metrics = loss_of(whole, *inputs[1:], 77)
-    loss.backward()
-    parts, total, sums = inputs[0].clone().requires_grad_(), 0.0, dict.fromkeys(metrics, 0.0)
-    for rows in ([0, 3], [1], [2, 4]):
-        part, part_metrics = loss_of(parts[rows], *[tensor[rows] for tensor in inputs[1:]], 77)
-        part.backward()
-        total += part.detach()
-        sums = {name: sums[name] + part_metrics[name][0].item() for name in sums}
-    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=0)
-    assert sums == pytest.approx({name: value.item() for name, (value, _) in metrics.items()}, rel=1e-12)
+    assert_parts_add_up(lambda *rows: loss_of(*rows, 77), some_rows(), [[0, 3], [1], [2, 4]])
 
 
 @pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)

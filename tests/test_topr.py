@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SMALL, assert_golden, golden, read_jsonl, run_script, tensors
+from conftest import SMALL, assert_golden, assert_parts_add_up, golden, read_jsonl, run_script, tensors
 
 from common import Row, collate
 from relift import sft_loss
@@ -131,20 +131,8 @@ def test_on_policy_its_first_step_is_reinforce(weights):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_micro_batches_add_up(weights):
-    """With one normaliser for the step, losses, gradients and metrics of its parts sum to the whole's."""
-    inputs = some_rows()
-    whole = inputs[0].clone().requires_grad_()
-    loss, metrics = topr_loss(whole, *inputs[1:], 8 * 7, weights)
-    loss.backward()
-    parts, total, sums = inputs[0].clone().requires_grad_(), 0.0, dict.fromkeys(metrics, 0.0)
-    for rows in ([0, 3], [1], [2, 4, 6], [7, 5]):
-        part, part_metrics = topr_loss(parts[rows], *[tensor[rows] for tensor in inputs[1:]], 8 * 7, weights)
-        part.backward()
-        total += part.detach()
-        sums = {name: sums[name] + part_metrics[name][0].item() for name in sums}
-    torch.testing.assert_close(total, loss.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=0)
-    assert sums == pytest.approx({name: value.item() for name, (value, _) in metrics.items()}, rel=1e-12)
+    assert_parts_add_up(lambda *rows: topr_loss(*rows, 8 * 7, weights), some_rows(),
+                        [[0, 3], [1], [2, 4, 6], [7, 5]])
 
 
 @pytest.mark.parametrize("garbage", (math.nan, math.inf, -math.inf, 1e30))
