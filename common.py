@@ -41,7 +41,7 @@ def explain(kind, error, trace):
     if issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # GPU, CPU
         say(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}")
     elif cause:  # a full disk, a file that may not be written, a folder that has gone
-        say(f"ended by the system: {cause}; --resume goes on from the last checkpoint")
+        say(f"ended by the system: {cause}; --resume goes on from the last checkpoint, if there is one")
     elif issubclass(kind, KeyboardInterrupt):
         say("interrupted")
     else:
