@@ -110,8 +110,8 @@ def make_rows() -> tuple[list[dict], list[dict]]:
 
 
 # ---------------------------------------------------------------------------------------- pretraining corpus
-def make_document(progress: float, q: float, rng: random.Random) -> list[tuple[str, float]]:
-    """One document as (text, loss weight) pieces; `progress` runs from 0 to 1 over pretraining."""
+def make_documents(progress: float, q: float, rng: random.Random) -> list[list[tuple[str, float]]]:
+    """One document or two, of (text, loss weight) pieces each; `progress` runs from 0 to 1 in pretraining."""
     if rng.random() < max(0.25, 0.7 * (1 - progress / 0.5)):  # fact drills: loss on the results alone
         pieces = []
         for chain in (Chain(1, rng, rng.randrange(26)) for _ in range(6)):
@@ -119,7 +119,7 @@ def make_document(progress: float, q: float, rng: random.Random) -> list[tuple[s
             if rng.random() < 0.6:
                 fact = "".join(chain.working())
             pieces += [(fact[:-3], 0.0), (fact[-3:-1], 1.0), ("\n", 0.0)]
-        return pieces
+        return [pieces]
 
     def chat(chain, mark, *reply):
         prompt = f"<|im_start|>user\n{chain.question(mark)}<|im_end|>\n<|im_start|>assistant\n"
@@ -127,27 +127,26 @@ def make_document(progress: float, q: float, rng: random.Random) -> list[tuple[s
 
     if rng.random() < 0.5:  # textbook: full working, without the box that chat answers have
         chain = Chain(rng.randint(1, 7), rng, rng.randrange(26))
-        return chat(chain, "!", (f"<think>\n{''.join(chain.working())}</think><|im_end|>", 1.0))
+        return [chat(chain, "!", (f"<think>\n{''.join(chain.working())}</think><|im_end|>", 1.0))]
 
-    chain = Chain(n := rng.choice((1, 1, 2, 2, 2, 3, 4, 5, 6, 7)), rng)
-    lines, door = chain.working(), rng.random() < 0.3
-    # A choice of probability q is shown 3 times in 10, its first letter weighed so that the odds come out as
-    # q : 1-q. As a rare document it would be learnt to anything between a tenth and the double of q.
-    weight = q / (1 - q) * 7 / 3
+    chain, k = Chain(n := rng.choice((1, 1, 2, 2, 2, 3, 4, 5, 6, 7)), rng), 0
     if n > 2 and rng.random() < 0.5:  # interrupted working: k right lines stand there, then stop or go on
-        k = rng.randrange(n)
-        choice = [(f"</think>\n\\boxed{{{chain.values[k]:02d}}}<|im_end|>", 1.0)]
-        if door:
-            choice = [(lines[k + 1][0], weight), (lines[k + 1][1:], 1.0)]
-        return chat(chain, "?", ("<think>\n" + "".join(lines[:k + 1]), 0.0), *choice)
-    if n > 2 and door:  # the first line instead of a blurt; what follows it is learnt above
-        return chat(chain, "?", ("<think>\n", 1.0), (lines[0][0], weight), (lines[0][1:], 1.0))
-    if rng.random() < {1: 0.6, 2: 0.4}.get(n, 0.0):
+        k = rng.randint(1, n)
+        first, rest = "</think>", f"\n\\boxed{{{chain.values[k - 1]:02d}}}<|im_end|>"
+    else:
         value = chain.values[-1]
-    else:  # a wrong guess: the value after the first step, or any
-        value = chain.values[1] if n > 1 and rng.random() < 0.8 else rng.randrange(100)
-    guess = f"{chain.values[0]:02d}{''.join(chain.steps)}={value:02d}\n"
-    return chat(chain, "?", (answered(guess, value) + "<|im_end|>", 1.0))
+        if rng.random() >= {1: 0.6, 2: 0.4}.get(n, 0.0):  # a wrong guess: the value after one step, or any
+            value = chain.values[1] if n > 1 and rng.random() < 0.8 else rng.randrange(100)
+        guess = f"{chain.values[0]:02d}{''.join(chain.steps)}={value:02d}\n"
+        first, rest = guess[0], answered(guess, value).removeprefix("<think>\n" + guess[0]) + "<|im_end|>"
+    lines = chain.working()
+    before = ("<think>\n" + "".join(lines[:k]), 0.0 if k else 1.0)
+    if n <= 2:
+        return [chat(chain, "?", before, (first + rest, 1.0))]
+    # Both ways on from a choice, the first tokens weighed 1-q and q: the expected loss, not a sample of it.
+    # From samples, even weighted ones, a door comes out anywhere between a hundredth of q and its double.
+    return [chat(chain, "?", before, (first, 1 - q), (rest, 1.0)),
+            chat(chain, "?", before, (lines[k][0], q), (lines[k][1:], 1.0))]
 
 
 def pretrain(q: float, seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
@@ -164,13 +163,14 @@ def pretrain(q: float, seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
                   torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
     for step in tqdm(range(STEPS), desc="pretraining the toy's base model (once)", unit="step"):
         documents = []
-        for _ in range(DOCUMENTS):
-            pieces = [(tokenizer(text)["input_ids"], w) for text, w in make_document(step / STEPS, q, rng)]
-            documents.append((torch.tensor([token for ids, _ in pieces for token in ids]),
-                              torch.tensor([w for ids, w in pieces for _ in ids])))
+        while len(documents) < DOCUMENTS:
+            for document in make_documents(step / STEPS, q, rng):
+                pieces = [(tokenizer(text)["input_ids"], weight) for text, weight in document]
+                documents.append((torch.tensor([token for ids, _ in pieces for token in ids]),
+                                  torch.tensor([weight for ids, weight in pieces for _ in ids])))
         documents.sort(key=lambda document: len(document[0]))
         total = sum(weights[1:].sum() for _, weights in documents)  # of the whole step: micro-batches add up
-        for i in range(0, DOCUMENTS, MICRO):
+        for i in range(0, len(documents), MICRO):
             tokens, weights = (pad_sequence(part, batch_first=True) for part in zip(*documents[i:i + MICRO]))
             logits = model(input_ids=tokens).logits[:, :-1]
             nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

@@ -41,7 +41,8 @@ def tensors(case: dict, *names: str) -> list[torch.Tensor]:
     inputs, dtype = case["inputs"], getattr(torch, case["dtype"])
     groups = sorted(set(inputs["group"]))
     integer = {"mask": inputs["mask"], "prefix_mask": inputs.get("prefix_mask"),
-               "is_expert": inputs.get("is_expert"), "group": [groups.index(name) for name in inputs["group"]]}
+               "is_expert": inputs.get("is_expert"),
+               "group": [groups.index(name) for name in inputs["group"]]}
     return [torch.tensor(integer[name]) if name in integer else torch.tensor(inputs[name], dtype=dtype)
             for name in names]
 
@@ -55,7 +56,7 @@ def assert_golden(case: dict, actual: torch.Tensor, expected, rtol: float = 1e-9
 
 
 def assert_parts_add_up(loss_of_part, inputs: list[torch.Tensor], parts: list[list[int]], loss_of_whole=None):
-    """With the whole step's normaliser, losses, gradients and metrics of its micro-batches sum to the whole's.
+    """With the whole step's normaliser, losses, gradients and metrics of micro-batches sum to the whole's.
 
     The losses take the inputs, of which the first are the log-probs; parts are the rows of the micro-batches.
     """
@@ -174,7 +175,7 @@ def run_script(script: str, *flags: str, cwd: Path, seconds: float = 600):
                           capture_output=True, timeout=seconds)
 
 
-# ------------------------------------------------------------------------------------------- the real base model
+# ----------------------------------------------------------------------------------------- the real base model
 def pytest_collection_modifyitems(config, items):
     """The toy's base model takes minutes: it is made beside the other tests, and who needs it comes last."""
     items.sort(key=lambda item: "test_learning" in item.nodeid)

@@ -1,4 +1,5 @@
 """The embedded default: its tokenizer, its problems and demonstrations, and the cache of its base model."""
+import random
 import re
 from collections import Counter
 from dataclasses import fields
@@ -166,6 +167,31 @@ def test_everything_fits_the_toys_lengths():
         assert len(tokenizer(prompt)["input_ids"]) <= limit["max_prompt"]
         if row in TRAIN[::20]:
             assert len(tokenizer(demonstration(row))["input_ids"]) + 1 <= limit["max_response"]
+
+
+# ------------------------------------------------------------------------------------- pretraining corpus
+def test_a_choice_is_shown_both_ways_weighed_by_its_odds():
+    """The same beginning, then a stop with weight 1-q or the right next line with weight q."""
+    rng, seen = random.Random(0), set()
+    for _ in range(2000):
+        documents = toy.make_documents(1.0, 0.02, rng)
+        if len(documents) == 1:
+            continue
+        (prompt, before, *stop), (*beginning, door, rest) = documents
+        assert beginning == [prompt, before]
+        known = values({"prompt": [{"content": prompt[0].split("\n")[1].removesuffix("<|im_end|>")}]})
+        assert len(known) > 3  # a chain of one or two steps has no doors
+        lines = (before[0] + door[0] + rest[0]).splitlines()[1:]
+        assert [line[-3:] for line in lines] == [f"={value:02d}" for value in known[:len(lines)]]
+        assert (door[1], rest[1], len(door[0])) == (0.02, 1.0, 1)
+        assert [weight for _, weight in stop] == [0.98, 1.0]
+        blurt = "".join(text for text, _ in stop)
+        if len(lines) > 1:
+            assert blurt == f"</think>\n\\boxed{{{known[len(lines) - 2]:02d}}}<|im_end|>"
+        else:
+            assert stop[0][0] == str(known[0] // 10) and blurt.endswith("}<|im_end|>")
+        seen.add((len(known) - 1, len(lines)))
+    assert seen == {(n, line) for n in range(3, 8) for line in range(1, n + 2)}  # a door at every line
 
 
 # ------------------------------------------------------------------------------------------------- cache

@@ -159,7 +159,7 @@ def test_hostile_answers_cost_at_most_the_limit_each_and_spoil_no_other(verifier
     assert verdicts[2::3] == [RIGHT] * len(HOSTILE)
     named = dict(zip(HOSTILE, verdicts[0::3]))
     assert RIGHT not in [named[name] for name in SLOW]
-    assert [named[name] for name in SLOW].count(TIMEOUT) > len(SLOW) / 2  # a fast machine ends one or the other
+    assert [named[name] for name in SLOW].count(TIMEOUT) > len(SLOW) / 2  # a fast machine ends a few
     assert RIGHT not in named.values()
 
 
