@@ -112,7 +112,8 @@ def main():
                 run.backward(*rl_loss(logp, batch.old_logp, batch.advantages, batch.mask, normaliser))
             run.optimizer_step(optimizer, minibatch)
 
-        new = [problem.index for problem in hardest(rows) if run.demonstration(problem)]
+        unsolved = hardest(rows)
+        new = [problem.index for problem in unsolved if run.demonstration(problem)]
         sft, run.state["buffer"] = take_from_buffer(run.state.get("buffer", []), new, args.sft_batch)
         demonstrations = [run.demonstration(by_index[index]) for index in sft]
         for row in demonstrations:
@@ -126,6 +127,7 @@ def main():
             run.optimizer_step(sft_optimizer, demonstrations)
         run.state["used"] = sorted({*run.state.get("used", []), *sft})
         run.state["sft_steps"] = run.state.get("sft_steps", 0) + bool(demonstrations)
+        run.log("relift/without_demonstration", len(unsolved) - len(new))
         run.log("relift/buffer", len(run.state["buffer"]))
         run.log("relift/sft_steps", run.state["sft_steps"])
         run.log("relift/used", len(run.state["used"]) / max(1, len(by_index)))

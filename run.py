@@ -72,10 +72,10 @@ class Run:
 
     @torch.no_grad()
     def hand_over(self):
-        """Gives the sampler the weights and has responses scored by both: a stale sampler ends the run."""
+        """Gives the sampler the weights and has responses scored by both: a gap between them ends the run."""
         self.sampler.update(self.model)
-        if isinstance(self.sampler, TransformersSampler):  # it samples with the trainer's own weights
-            return
+        if isinstance(self.sampler, TransformersSampler) and (self.step or self.args.eval_only):
+            return  # it samples with the trainer's own weights: once is enough
         problem, length = (self.train or self.held_out)[0], min(32, self.args.max_response)
         rows = self.generate([problem] * 8, length, 1.0, self.args.seed)
         batch = common.collate(rows, self.device)
@@ -83,8 +83,9 @@ class Run:
         sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
         gap, limit = float((logp[batch.mask].cpu() - sampler_logp).abs().mean()), STALE[self.device.type]
         if not gap <= limit:  # nan is a gap too
-            fail(f"the sampler is stale: after step {self.step}'s hand-over its log-probs are {gap:.2g} nats "
-                 f"a token from the trainer's, more than {limit}")
+            fail("the sampler is stale, or the model does more after its head (caps or scales logits) than "
+                 f"common.py knows: after step {self.step}'s hand-over its log-probs are {gap:.2g} nats a "
+                 f"token from the trainer's, more than {limit}")
 
     def choose_folder(self) -> tuple[Path, dict]:
         """runs/<name> and what args.json will say: a new one, or with --resume that of the same arguments."""

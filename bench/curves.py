@@ -1,9 +1,9 @@
 """Trains every method and the baselines on the toy over seeds, and draws bench/results/curves.png.
 
     pip install matplotlib
-    python bench/curves.py                       # all: an hour or more on two cores
+    python bench/curves.py                       # all: two hours on two cores
     python bench/curves.py --only LUFFY GRPO     # some
-    python bench/curves.py --q 0.01 --base_seeds 0 1 2 --seeds 0 1 --only LUFFY "LUFFY, no shaping"
+    python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
 
 One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step,
@@ -59,7 +59,7 @@ def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[
             kept = {name: metrics[name] for name in KEPT if name in metrics}
             evaluations.append({"method": method, "q": q, "base_seed": base_seed, "seed": seed,
                                 "step": metrics["step"], "seconds": round(seconds, 2)} | kept)
-    print(f"{method}, seed {seed}: hard {evaluations[-1]['accuracy/hard']:.2f}, "
+    print(f"{method}, base {base_seed}, seed {seed}: hard {evaluations[-1]['accuracy/hard']:.2f}, "
           f"easy {evaluations[-1]['accuracy/easy']:.2f} after {seconds:.0f} s", flush=True)
     return evaluations
 
@@ -102,15 +102,16 @@ def draw(evaluations: list[dict], path: Path):
         if metric.startswith("accuracy"):
             axis.set_ylim(-0.03, 1.03)
     for axis in (axes[0, 1], axes[1, 2], axes[1, 3]):
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--base_seeds", nargs="+", type=int, default=[0], help="seeds of the base model")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the runs on each base")
+    parser.add_argument("--base_seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the base model")
     parser.add_argument("--q", type=float, default=0.02, help="probability of a door, see toy.py")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--draw", action="store_true", help="only draw")

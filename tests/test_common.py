@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import SMALL, load, write_jsonl
+import transformers
+from conftest import SMALL, load, save_model, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -224,6 +225,25 @@ def test_sampling_is_from_the_whole_distribution_and_repeats_with_its_seed(tiny_
     torch.testing.assert_close(frequencies, p, rtol=0, atol=0.04)  # four standard deviations at p = 0.5
     assert sampler.generate(prompts[:50], 9, 1.0, seed=7) == sampler.generate(prompts[:50], 9, 1.0, seed=7)
     assert sampler.generate(prompts[:50], 9, 1.0, seed=7) != sampler.generate(prompts[:50], 9, 1.0, seed=8)
+
+
+@pytest.mark.parametrize("scaling", (1.0, 4.0))
+def test_a_model_that_scales_its_logits_is_refused(make_run, coin_data, tmp_path, capsys, scaling):
+    """Granite divides them after its head, of which token_logprobs knows nothing."""
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    model = save_model(transformers.GraniteForCausalLM(transformers.GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=256, initializer_range=0.2,
+        logits_scaling=scaling, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)), tmp_path / "granite")
+    flags = ["grpo", "--model", model, "--data", coin_data, *SMALL]
+    if scaling == 1:
+        make_run(*flags)
+        return
+    with pytest.raises(SystemExit) as stop:
+        make_run(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "scales logits" in error
 
 
 # --------------------------------------------------------------------------------------------------- data

@@ -166,6 +166,7 @@ def test_only_usable_demonstrations_wait_and_each_of_them_once(train):
     assert (saved["state"]["used"], saved["state"]["sft_steps"]) == ([], 0)
     assert metrics[-1]["relift/buffer"] == 4
     assert sum(line["demonstrations/left_out"] for line in metrics[1:]) == 2
+    assert sum(line["relift/without_demonstration"] for line in metrics[1:]) == 3  # 1 came twice in a step
     assert not any("loss/off_policy" in line for line in metrics)
     assert not saved["optimizers"]["sft"]["state"]  # it has never made a step
 
