@@ -113,7 +113,8 @@ def parse(cls, doc: str, smallest_n: int = 2):
         else:
             parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], **options)
     args = cls(**vars(parser.parse_args()))
-    is_toy = "toy" in (args.model, *(str(source)[:3] for source in (args.data, args.eval_data)))
+    sources = {args.model, args.data, *(args.eval_data or "").replace("@", ",").split(",")}
+    is_toy = not sources.isdisjoint({"toy", "toy:easy"})
     for f in fields(cls):
         if getattr(args, f.name) is None:
             setattr(args, f.name, f.metadata["toy" if is_toy else "real"])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL, load, read_jsonl, run_script, write_jsonl
 
+import common
+
 # What metrics.jsonl holds, whatever the method ...
 METRICS = {"reward", "groups/all_right", "groups/all_wrong", "response/length", "response/cut", "entropy",
            "gradient_norm", "sampler_gap", "verifier/no_box", "verifier/unparsed", "verifier/timeouts",
@@ -32,6 +34,14 @@ def test_help_shows_every_flag_with_its_default(script, command_line, monkeypatc
         defaults = (field.default, field.metadata["toy"], field.metadata["real"])
         assert "(default: " in shown[field.name]
         assert all(repr(value) in shown[field.name] for value in defaults if value is not None)
+
+
+@pytest.mark.parametrize("flags, lr", [
+    ("", 2e-4), ("--model m --data toy", 2e-4), ("--model m --eval_data d.jsonl,toy@4", 2e-4),
+    ("--model m", 1e-6), ("--model m --data toys.jsonl", 1e-6), ("--model toys --eval_data toy.csv@4", 1e-6)])
+def test_the_defaults_are_the_toys_where_the_toy_takes_part(command_line, flags, lr):
+    module = command_line("grpo", *flags.split())
+    assert common.parse(module.Args, module.__doc__).lr == lr
 
 
 # ---------------------------------------------------------------------------------------------- two steps
