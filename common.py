@@ -267,7 +267,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, *rows = ctx.saved_tensors
         grad_hidden, grad_weight = [], torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        weight = weight.to(hidden.dtype)
+        weight, bias = [part if part is None else part.to(hidden.dtype) for part in (weight, bias)]
         parts = zip(*(part.split(LOGIT_CHUNK) for part in (hidden, *rows, grad_logp, grad_h)))
         for x, y, lse, h, g, g_h in parts:
             z = F.linear(x, weight, bias)
@@ -285,7 +285,7 @@ class TokenLogprobs(torch.autograd.Function):
             else:
                 grad_weight += d.T @ x
             if bias is not None:
-                grad_bias += d.sum(dim=0)
+                grad_bias += d.sum(dim=0, dtype=grad_bias.dtype)
         return torch.cat(grad_hidden), grad_weight, grad_bias, None, None, None
 
 

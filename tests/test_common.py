@@ -46,6 +46,25 @@ def test_chunked_log_probs_equal_the_plain_formula(monkeypatch, chunk, temperatu
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_bias", (True, False))
+def test_under_autocast_master_weights_get_float32_gradients(with_bias):
+    """As on a GPU: the products are in bfloat16, what comes of them is not."""
+    torch.manual_seed(0)
+    targets, weights, results = torch.randint(50, (17,)), torch.randn(2, 17), []
+    values = [torch.randn(size) for size in ((17, 8), (50, 8), (50,))]
+    for enabled in (False, True):
+        hidden, weight, bias = [value.clone().requires_grad_() for value in values]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logp, entropy = common.token_logprobs(hidden, weight, bias if with_bias else None, targets,
+                                                  entropy=True)
+        (weights[0] @ logp + weights[1] @ entropy).backward()
+        results.append([logp.detach(), entropy.detach(), hidden.grad, weight.grad])
+        results[-1] += [bias.grad] if with_bias else []
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
 class Largest(TorchDispatchMode):
     """Watches every tensor that an operation returns, in backward too."""
     numbers = 0
