@@ -45,18 +45,18 @@ PRESETS = {  # --preset: values of flags that are not given themselves
 
 @dataclass
 class Args(common.Args):
-    prompts: int = flag("prompts in a rollout batch", toy=16, real=32)
-    updates: int = flag("optimiser steps on the rows of a step", 1)
-    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2)
-    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2)
+    prompts: int = flag("prompts in a rollout batch", toy=16, real=32, least=1)
+    updates: int = flag("optimiser steps on the rows of a step", 1, least=1)
+    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2, least=0, most=1)
+    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2, least=0)
     preset: str = flag("CHORD-mu, CHORD-phi, or 'RL with SFT loss' (constant mu, weight 1)", "mu",
                        choices=tuple(PRESETS))
-    mu_peak: float = flag("mu after warm-up (default: the preset's)")
-    mu_valley: float = flag("mu after its decay (default: the preset's)")
-    mu_warmup: int = flag("steps in which mu rises from 0 to --mu_peak", 0)
-    mu_decay: int = flag("steps in which mu falls from --mu_peak to --mu_valley", toy=60, real=200)
+    mu_peak: float = flag("mu after warm-up (default: the preset's)", least=0, most=1)
+    mu_valley: float = flag("mu after its decay (default: the preset's)", least=0, most=1)
+    mu_warmup: int = flag("steps in which mu rises from 0 to --mu_peak", 0, least=0)
+    mu_decay: int = flag("steps in which mu falls from --mu_peak to --mu_valley", toy=60, real=200, least=0)
     phi: bool = flag("weigh demonstration tokens by p(1-p)", False)
-    expert_share: float = flag("share of demonstrations in a batch's rows", toy=0.06, real=0.2)
+    expert_share: float = flag("demonstrations' share of the rows", toy=0.06, real=0.2, least=0, most=0.99)
 
 
 # ---------------------------------------------------------------------------------------------- the loss
@@ -113,7 +113,6 @@ def make_batch(run, args, problems, mu) -> tuple[list[Row], list[Row]]:
 
 def main():
     args = common.parse(Args, __doc__)
-    common.check("--expert_share", args.expert_share, 0, 0.99)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None or getattr(args, name) is False:
             setattr(args, name, value)

@@ -49,13 +49,13 @@ def explain(kind, error, trace):
 
 
 # ------------------------------------------------------------------------------------------------- flags
-def flag(text: str, default=None, *, toy=None, real=None, choices=None):
-    """One command-line flag: its line of help, and one default or two, for the toy and for real models."""
+def flag(text: str, default=None, *, toy=None, real=None, choices=None, least=None, most=None):
+    """A command-line flag: its line of help, one default or two (the toy's, real models'), and its limits."""
     if default is not None:
         text = f"{text} (default: {default!r})"
     elif toy is not None:
         text = f"{text} (default: toy {toy!r}, other models {real!r})"
-    metadata = {"help": text, "choices": choices, "toy": toy, "real": real}
+    metadata = {"help": text, "choices": choices, "toy": toy, "real": real, "least": least, "most": most}
     return field(default=default, metadata=metadata)
 
 
@@ -69,39 +69,40 @@ class Args:
                           "of each; empty: a tenth of --data, at most 128 rows", toy="toy", real="")
     name: str = flag("the run's folder in runs/; empty: script, model and a number", "")
     resume: bool = flag("go on with the run --name from its last checkpoint", False)
-    seed: int = flag("seed of the data's order and of sampling", 0)
-    steps: int = flag("rollout batches to train on", toy=80, real=500)
-    prompts: int = flag("prompts in a rollout batch", toy=16, real=128)
-    n: int = flag("responses to a prompt: the size of a group", 8)
-    updates: int = flag("optimiser steps on the rows of a step", toy=1, real=2)
-    lr: float = flag("learning rate of AdamW", toy=2e-4, real=1e-6)
-    warmup: int = flag("optimiser steps in which the learning rate rises to --lr", toy=5, real=0)
-    weight_decay: float = flag("weight decay of AdamW", toy=0.0, real=0.01)
-    beta2: float = flag("AdamW's decay of the second moment", toy=0.95, real=0.999)
-    max_grad_norm: float = flag("a longer gradient is scaled down to this norm", 1.0)
+    seed: int = flag("seed of the data's order and of sampling", 0, least=0)
+    steps: int = flag("rollout batches to train on", toy=80, real=500, least=1)
+    prompts: int = flag("prompts in a rollout batch", toy=16, real=128, least=1)
+    n: int = flag("responses to a prompt: the size of a group", 8, least=2)
+    updates: int = flag("optimiser steps on the rows of a step", toy=1, real=2, least=1)
+    lr: float = flag("learning rate of AdamW", toy=2e-4, real=1e-6, least=0)
+    warmup: int = flag("optimiser steps in which the learning rate rises to --lr", toy=5, real=0, least=0)
+    weight_decay: float = flag("weight decay of AdamW", toy=0.0, real=0.01, least=0)
+    beta2: float = flag("AdamW's decay of the second moment", toy=0.95, real=0.999, least=0, most=0.9999)
+    max_grad_norm: float = flag("a longer gradient is scaled to this norm", 1.0, least=1e-6)
     entropy_bonus: float = flag("weight of the tokens' mean entropy in the objective", 0.0)
-    temperature: float = flag("sampling temperature, at which log-probs are taken too", 1.0)
-    max_prompt: int = flag("tokens; problems with a longer prompt are left out", toy=64, real=1024)
-    max_response: int = flag("tokens, L in the formulas; longer responses are cut", toy=72, real=3072)
+    temperature: float = flag("sampling temperature, at which log-probs are taken too", 1.0, least=0.01)
+    max_prompt: int = flag("tokens; problems with a longer prompt are left out", toy=64, real=1024, least=1)
+    max_response: int = flag("tokens, L in the formulas; longer ones are cut", toy=72, real=3072, least=1)
     micro_tokens: int = flag("tokens of a micro-batch with padding; sets memory, not the gradient",
-                             toy=2048, real=16384)
-    eval_every: int = flag("steps between evaluations on held-out problems", toy=20, real=50)
-    eval_response: int = flag("tokens of a response in evaluation", toy=100, real=3072)
-    eval_temperature: float = flag("sampling temperature in evaluation", toy=1.0, real=0.6)
-    save_every: int = flag("steps between checkpoints; 0: only at the end", toy=20, real=50)
+                             toy=2048, real=16384, least=1)
+    eval_every: int = flag("steps between evaluations on held-out problems", toy=20, real=50, least=1)
+    eval_response: int = flag("tokens of a response in evaluation", toy=100, real=3072, least=1)
+    eval_temperature: float = flag("sampling temperature in evaluation", toy=1.0, real=0.6, least=0.01)
+    save_every: int = flag("steps between checkpoints; 0: only at the end", toy=20, real=50, least=0)
     rollout: str = flag("engine that samples", "auto", choices=("auto", "vllm", "transformers"))
-    gpu_memory_utilization: float = flag("share of the GPU's memory that vLLM takes while it samples", 0.4)
+    gpu_memory_utilization: float = flag("share of the GPU's memory that vLLM takes while it samples", 0.4,
+                                         least=0.01, most=1)
     device: str = flag("where the model is", "auto", choices=("auto", "cpu", "cuda"))
     eval_only: bool = flag("evaluate --model on --eval_data, and train nothing", False)
     dry_run: bool = flag("say what memory a GPU needs for this run, and stop", False)
     system: str = flag("system message for data with plain columns; empty: that of --data's chat messages, "
                        "or else a request to think and to box the answer", "")
     prompt_end: str = flag("text with which every prompt ends", toy="", real="<think>\n")
-    rope_theta: float = flag("base of RoPE; 0: the model's own (the papers: 40000)", 0.0)
-    max_positions: int = flag("longest context; 0: the model's own (the papers: 16384)", 0)
+    rope_theta: float = flag("base of RoPE; 0: the model's own (the papers: 40000)", 0.0, least=0)
+    max_positions: int = flag("longest context; 0: the model's own (the papers: 16384)", 0, least=0)
 
 
-def parse(cls, doc: str, smallest_n: int = 2):
+def parse(cls, doc: str):
     """Args of class `cls` from the command line; what cannot be right is one line and exit code 2."""
     sys.excepthook = explain
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False)
@@ -118,20 +119,18 @@ def parse(cls, doc: str, smallest_n: int = 2):
     for f in fields(cls):
         if getattr(args, f.name) is None:
             setattr(args, f.name, f.metadata["toy" if is_toy else "real"])
-    for name in "steps prompts updates max_prompt max_response micro_tokens eval_every eval_response".split():
-        check(f"--{name}", getattr(args, name), 1)
-    check("--n", args.n, smallest_n)
-    check("--rope_theta", args.rope_theta, 0)
-    check("--max_positions", args.max_positions, 0)
-    check("--temperature", args.temperature, 0.01)
-    check("--eval_temperature", args.eval_temperature, 0.01)
+        check(f"--{f.name}", getattr(args, f.name), f.metadata["least"], f.metadata["most"])
     return args
 
 
-def check(name: str, value: float | None, lowest: float, highest: float = float("inf")):
-    if value is not None and not lowest <= value <= highest:
-        fail(f"{name} is {value}: it must be " + (f"at least {lowest}" if highest == float("inf") else
-                                                  f"between {lowest} and {highest}"))
+def check(name: str, value: float | None, least: float | None, most: float | None = None):
+    """Ends the program if a value that is given is not within the limits that are given (nan never is)."""
+    if value is None:
+        return
+    if least is not None and not value >= least:
+        fail(f"{name} is {value}: it must be at least {least}")
+    if most is not None and not value <= most:
+        fail(f"{name} is {value}: it must be at most {most}")
 
 
 # --------------------------------------------------------------------------------------------- the model

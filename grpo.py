@@ -40,8 +40,8 @@ from run import Run
 class Args(common.Args):
     std_normalise: bool = flag("divide advantages by the group's standard deviation (GRPO's paper)", False)
     token_mean: bool = flag("divide by the step's response tokens instead of B * L (DAPO)", False)
-    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2)
-    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2)
+    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2, least=0, most=1)
+    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2, least=0)
 
 
 # ---------------------------------------------------------------------------------------------- the loss

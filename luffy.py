@@ -43,11 +43,11 @@ class Args(common.Args):
     std_normalise: bool = flag("divide advantages by the group's standard deviation (GRPO's paper)", False)
     token_mean: bool = flag("divide by the step's response tokens instead of B * L (LUFFY's paper)", False)
     clip: bool = flag("clip the ratio of on-policy tokens (LUFFY's paper)", False)
-    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2)
-    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2)
+    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2, least=0, most=1)
+    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2, least=0)
     shaping: str = flag("f of demonstration tokens; none is f(p) = p, the paper's ablation", "p/(p+gamma)",
                         choices=("p/(p+gamma)", "none"))
-    gamma: float = flag("gamma of the shaping", 0.1)
+    gamma: float = flag("gamma of the shaping", 0.1, least=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- the loss

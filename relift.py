@@ -37,9 +37,9 @@ from run import Run
 
 @dataclass
 class Args(common.Args):
-    max_grad_norm: float = flag("a longer gradient is scaled down to this norm", toy=1.0, real=0.7)
+    max_grad_norm: float = flag("a longer gradient is scaled to this norm", toy=1.0, real=0.7, least=1e-6)
     entropy_bonus: float = flag("weight of the tokens' mean entropy in fine-tuning", toy=0.0, real=0.001)
-    sft_batch: int = flag("demonstrations of a step of fine-tuning, M", toy=16, real=128)
+    sft_batch: int = flag("demonstrations of a step of fine-tuning, M", toy=16, real=128, least=1)
 
 
 # -------------------------------------------------------------------------------------------- the losses

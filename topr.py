@@ -44,17 +44,18 @@ class Args(common.Args):
     token_mean: bool = flag("divide by the step's response tokens instead of B * L (DAPO)", False)
     data: str = flag("as in the other scripts; 'toy:easy' has only the toy's problems of one step",
                      toy="toy:easy", real="Elliott/Openr1-Math-46k-8192")
-    lr: float = flag("learning rate of AdamW", toy=3e-4, real=1e-6)
-    eval_every: int = flag("steps between evaluations on held-out problems", toy=48, real=64)
-    prompts: int = flag("prompts in a set", toy=192, real=1024)
-    iterations: int = flag("sets to sample", 5)
-    epochs_per_iteration: int = flag("times that a set is gone through", toy=4, real=2)
-    minibatch: int = flag("rows of a step, which --updates optimiser steps share", toy=128, real=512)
-    steps: int = flag("mini-batches to train on (default: those of --iterations)")
+    lr: float = flag("learning rate of AdamW", toy=3e-4, real=1e-6, least=0)
+    eval_every: int = flag("steps between evaluations on held-out problems", toy=48, real=64, least=1)
+    prompts: int = flag("prompts in a set", toy=192, real=1024, least=1)
+    n: int = flag("responses to a prompt", 8, least=1)
+    iterations: int = flag("sets to sample", 5, least=1)
+    epochs_per_iteration: int = flag("times that a set is gone through", toy=4, real=2, least=1)
+    minibatch: int = flag("rows of a step, which --updates optimiser steps share", toy=128, real=512, least=1)
+    steps: int = flag("mini-batches to train on (default: those of --iterations)", least=1)
     weights: str = flag("of the responses", "topr", choices=("topr", "tis", "reinforce", "ppo"))
-    baseline: float = flag("c, between -1 and 1", 0.0)
-    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2)
-    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2)
+    baseline: float = flag("c, between -1 and 1", 0.0, least=-0.99, most=0.99)
+    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2, least=0, most=1)
+    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2, least=0)
     offline: str = flag("file with columns problem, answer, response to train on instead of sampling", "")
     save_rollouts: bool = flag("keep the sets in runs/<name>/rollouts.jsonl, which --offline can read", False)
 
@@ -117,8 +118,7 @@ def pick(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
 
 
 def main():
-    args = common.parse(Args, __doc__, smallest_n=1)
-    common.check("--baseline", args.baseline, -0.99, 0.99)
+    args = common.parse(Args, __doc__)
     if args.offline:
         args.data, args.iterations = args.offline, 1
     run = Run(args)

@@ -175,7 +175,7 @@ def run_script(script: str, *flags: str, cwd: Path, seconds: float = 600):
                           capture_output=True, timeout=seconds)
 
 
-# ----------------------------------------------------------------------------------------- the real base model
+# --------------------------------------------------------------------------------------- the real base model
 def pytest_collection_modifyitems(config, items):
     """The toy's base model takes minutes: it is made beside the other tests, and who needs it comes last."""
     items.sort(key=lambda item: "test_learning" in item.nodeid)

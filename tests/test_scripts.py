@@ -171,6 +171,18 @@ def test_a_wrong_flag_is_one_line(script, mistake, tiny_model, command_line, tmp
     assert_refused(script, command_line(script, *flags_of(flags, tmp_path, tiny_model)), named, capfd)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_is_kept_within_its_limits(script, command_line, capfd):
+    module = command_line(script)
+    numbers = {field.name: field.metadata for field in fields(module.Args) if field.type in (int, float)}
+    assert {name for name in numbers if numbers[name]["least"] is None} == {"entropy_bonus"}  # of either sign
+    for name, limits in numbers.items():
+        for limit, step in (("least", -1), ("most", 1)):
+            if limits[limit] is not None:
+                command_line(script, f"--{name}={limits[limit] + step}")
+                assert_refused(script, module, f"it must be at {limit} {limits[limit]}", capfd)
+
+
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "topr"])  # it compares none
 def test_a_group_of_one_is_refused(script, tiny_model, command_line, tmp_path, capfd):
     module = command_line(script, *flags_of(["--n", "1"], tmp_path, tiny_model))
