@@ -1,7 +1,7 @@
 """Trains every method and the baselines on the toy over seeds, and draws bench/results/curves.png.
 
     pip install matplotlib
-    python bench/curves.py                       # all: two hours on two cores
+    python bench/curves.py                       # all: an hour and a half on two cores
     python bench/curves.py --only LUFFY GRPO     # some
     python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl

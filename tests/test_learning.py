@@ -29,7 +29,8 @@ def test_the_base_model_can_but_does_not(base_model):
                     doors.append(logp[-len(response):][1:][newlines[:-1]])  # the first letters of the lines
         assert torch.stack(probability).mean() > 0.8
         typical = torch.stack(doors).mean(0).exp()  # (n + 1,), a line each
-        assert typical.min() > toy.Q / 5 and typical.max() < toy.Q * 5, typical
+        # Six bases had them within a factor of nine; from samples a door of 0.01 came out as 0.00006.
+        assert typical.min() > toy.Q / 15 and typical.max() < toy.Q * 5, typical
 
 
 def test_luffy_learns_what_the_base_model_almost_never_does(base_model, tmp_path):
