@@ -4,26 +4,51 @@
     Dynamic Weighting. Zhang, Xie, Sun, Chen, Wang, Li, Ding, Zhou. arXiv:2508.11408.
 
 Fine-tuning on an expert's demonstrations first and RL afterwards lets the first damage what the model could
-do already and overfit to the expert. CHORD does both in every step. A weight mu leads from imitation to
-exploration (CHORD-mu), or a weight per token keeps both what is already certain and what is hopelessly
-unlikely from being imitated (CHORD-phi).
+do already and overfit to the expert. CHORD does both in every step. A weight μ leads from imitation to
+exploration (CHORD-μ), or a weight per token keeps both what is already certain and what is hopelessly
+unlikely from being imitated (CHORD-φ).
 
-    L = (1 - μ) L_GRPO(rollouts) + μ L_SFT(demonstrations)                                         (eq. 3)
-    L_GRPO = -1/N_r Σ_i Σ_t m_it min(r_it A_i, clip(r_it, 1-ε, 1+ε) A_i)   A_i = (R_i - mean R)/(std R + 1e-6)
-    L_SFT  = -1/N_d Σ_i Σ_t m_it φ_it log p_it    p_it = π(y_it)    φ = 1 (CHORD-μ) or sg(p (1 - p)) (CHORD-φ)
+    L = (1 - μ) L_GRPO(rollouts) + μ L_SFT(demonstrations) - β/N Σ_i Σ_t m_it H_it
 
-N_r and N_d are the numbers of rollout and of demonstration tokens of the whole optimiser step.
+    L_GRPO = -1/N_r Σ_i Σ_t m_it min(r_it A_i, clip(r_it, 1-ε_low, 1+ε_high) A_i)   over the rollouts
+    L_SFT  = -1/N_d Σ_i Σ_t m_it φ_it log p_it                                      over the demonstrations
+
+    r_it = π(y_it) / π_old(y_it)   A_i = (R_i - mean R) / (std R + 1e-6)   p_it = π(y_it)
+    φ_it = 1 (CHORD-μ), or p_it (1 - p_it) taken as a constant, without a gradient of its own (CHORD-φ)
+
+  i, t      a row of the mini-batch, and a token y_it of it
+  R_i       reward of a rollout: 1 if the boxed answer after </think> is right, else 0; mean R and std R are
+            those of its group, the rollouts to one prompt
+  π, π_old  the policy, and the policy before this step's updates (row.old_logp), both at --temperature
+  m_it      batch.mask: 1 on the tokens of a response up to and including EOS, else 0
+  N_r, N_d  numbers of rollout and of demonstration tokens of the whole mini-batch; N = N_r + N_d
+  μ         mu_schedule(): from --mu_peak to --mu_valley, or constant        ε = --clip_low, --clip_high
+  H_it      entropy of π at the token; β = --entropy_bonus, 0 by default
+
+L is eq. 3 of the paper and φ its eq. 6. With --updates 1, the default, r is 1 and the clip does nothing.
+
+Next to it: LUFFY puts a prompt's demonstration into the group of its rollouts, where it has an advantage;
+here demonstrations come from a stream of their own, not tied to the prompts, and are imitated whatever the
+rollouts do. ReLIFT imitates only those of prompts that no rollout solved, in steps of their own.
 
 Deviations
-  - Demonstrations come from a stream of their own, not tied to the prompts, and never enter a group: as in
-    the authors' code, unlike LUFFY.
-  - Trinity-RFT, the authors' framework, now adds a dual clip and a clamp of the log-ratio that it had not
-    when the paper appeared; the golden numbers of the tests are of that time.
+  - Trinity-RFT, the authors' framework, by now also bounds the loss of tokens with A < 0 and a large ratio
+    and clamps log-ratios. The release for the paper did neither; nor does this.
   - The authors' framework averages micro-batches by their row counts, which is not the token mean of the
     step. Here it is, whatever the micro-batches.
-  - A side of weight 0 is not sampled or computed: `--mu_peak 1 --mu_valley 1` is supervised fine-tuning.
+  - The authors take r against the sampler's log-probs; here it is against the trainer's.
+  - The authors' example combines both weights: `--phi --mu_peak 0.5 --mu_valley 0.02 --mu_warmup 200
+    --mu_decay 400`.
+  - A side of weight 0 is not paid for: at μ = 1 nothing is sampled, at μ = 0 no demonstration is drawn.
+    `--mu_peak 1 --mu_valley 1` is supervised fine-tuning.
+  - `--preset constant`, μ = 0.1 and φ = 1, mixes RL and SFT without CHORD's ideas. It is not the 'RL with
+    SFT loss' of LUFFY's paper, which has other normalisers and the prompts' own demonstrations.
 
-On a CPU, in minutes:   python chord.py
+On the toy (six runs, README.md) hard problems end at 0.92-0.97 with CHORD-μ and at 0.91-0.99 with CHORD-φ,
+which passes 0.5 only at steps 30 to 55: it hardly imitates what it hardly samples. Fine-tuning alone ends at
+0.29-0.38.
+
+On a CPU, in a minute:  python chord.py
 On a GPU:               python chord.py --model Qwen/Qwen2.5-Math-1.5B
 """
 import math
@@ -32,14 +57,13 @@ from dataclasses import dataclass
 import torch
 
 import common
-from common import Row, flag
+from common import Row, Run, flag
 from grpo import group_advantages
-from run import Run
 
-PRESETS = {  # --preset: values of flags that are not given themselves
+PRESETS = {  # --preset: the values of these flags, where they are not given themselves
     "mu": {"mu_peak": 0.9, "mu_valley": 0.05, "phi": False},
     "phi": {"mu_peak": 0.1, "mu_valley": 0.1, "phi": True},
-    "rl+sft": {"mu_peak": 0.1, "mu_valley": 0.1, "phi": False},
+    "constant": {"mu_peak": 0.1, "mu_valley": 0.1, "phi": False},
 }
 
 
@@ -47,15 +71,15 @@ PRESETS = {  # --preset: values of flags that are not given themselves
 class Args(common.Args):
     prompts: int = flag("prompts in a rollout batch", toy=16, real=32, least=1)
     updates: int = flag("optimiser steps on the rows of a step", 1, least=1)
-    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2, least=0, most=1)
-    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2, least=0)
-    preset: str = flag("CHORD-mu, CHORD-phi, or 'RL with SFT loss' (constant mu, weight 1)", "mu",
+    clip_low: float = flag("ε_low: the ratio is clipped below 1 - ε_low", 0.2, least=0, most=1)
+    clip_high: float = flag("ε_high: the ratio is clipped above 1 + ε_high (DAPO: 0.28)", 0.2, least=0)
+    preset: str = flag("CHORD-mu, CHORD-phi, or a constant mu and no weight per token", "mu",
                        choices=tuple(PRESETS))
     mu_peak: float = flag("mu after warm-up (default: the preset's)", least=0, most=1)
     mu_valley: float = flag("mu after its decay (default: the preset's)", least=0, most=1)
     mu_warmup: int = flag("steps in which mu rises from 0 to --mu_peak", 0, least=0)
     mu_decay: int = flag("steps in which mu falls from --mu_peak to --mu_valley", toy=60, real=200, least=0)
-    phi: bool = flag("weigh demonstration tokens by p(1-p)", False)
+    phi: bool = flag("weigh demonstration tokens by p(1-p) (default: the preset's)")
     expert_share: float = flag("demonstrations' share of the rows", toy=0.06, real=0.2, least=0, most=0.99)
 
 
@@ -105,41 +129,43 @@ def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout
 
 # --------------------------------------------------------------------------------------- what is in a batch
 def make_batch(run, args, problems, mu) -> tuple[list[Row], list[Row]]:
-    """Side by side: n rollouts for each prompt, and demonstrations of a stream of their own."""
+    """Side by side: n rollouts for each prompt, and demonstrations of a stream of their own.
+
+    No rollouts at mu = 1 and no demonstrations at mu = 0, where they would weigh nothing.
+    """
     rollouts = run.rollout([problem for problem in problems for _ in range(args.n)] if mu < 1 else [])
     wanted = round(args.expert_share / (1 - args.expert_share) * args.prompts * args.n) if mu > 0 else 0
-    return rollouts, run.next_demonstrations(wanted)
+    return rollouts, run.demonstrations.next(wanted)
 
 
 def main():
     args = common.parse(Args, __doc__)
     for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None or getattr(args, name) is False:
+        if getattr(args, name) is None:
             setattr(args, name, value)
     run = Run(args)
-    optimizer = run.make_optimizer("rl")
     for step in run.steps():
         mu = mu_schedule(step - 1, args.mu_peak, args.mu_valley, args.mu_warmup, args.mu_decay)
         rows, demonstrations = make_batch(run, args, run.next_problems(), mu)
-        rewards = run.verify(rows)
+        rewards = run.verify(rows)  # (rows,) 1.0: right answer in the box after </think>, else 0.0
         groups = torch.tensor([row.problem.index for row in rows])
         advantages = group_advantages(rewards, groups, std_normalise=True)
         for row, advantage in zip(rows, advantages.tolist()):
             row.advantage = advantage
         rows += demonstrations
-        run.score(rows)  # log-probs of the policy that sampled
+        run.score(rows)  # sets row.old_logp: the trainer's log-probs before any update of this step
         run.log("mu", mu)
-        for minibatch in run.minibatches(rows):
+        for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             demo_tokens = sum(len(row.response) for row in minibatch if row.is_demo)
-            for batch in run.micro_batches(minibatch, args.entropy_bonus):
-                logp, entropy = run.logprobs(batch, args.entropy_bonus)
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors; rows of A = 0 left out
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T), at --temperature
                 loss, metrics = chord_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo,
                                            mu, args.phi, tokens - demo_tokens, demo_tokens,
                                            args.clip_low, args.clip_high)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
-            run.optimizer_step(optimizer, minibatch)
-        run.end_step()
+            run.optimizer_step(minibatch)  # scales a long gradient down; AdamW
+        run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
 
 

@@ -10,54 +10,77 @@ stops learning from most of the set instead. TOPR imitates right responses with 
 they are, and tapers the push on wrong ones with their importance ratio: what the policy no longer says, it
 need not unlearn.
 
-    J = 1/B Σ_i w_i R_i Σ_t m_it log π(y_it)    R = +1 (right) or -1 (wrong), minus c    (gradient: eq. 8)
-    w = 1 if R >= 0, else sg(min(1, π(y) / π_old(y))) of the whole response y
+    J = 1/(B L) Σ_i w_i A_i Σ_t m_it log π(y_it)  +  β/N Σ_i Σ_t m_it H_it
 
-for B responses of a mini-batch. An *iteration* samples and verifies a set once, and then takes epochs of
-mini-batches.
+    A_i = R_i - c      R_i = +1 (right) or -1 (wrong)      N = Σ_i Σ_t m_it
+    w_i = 1 if A_i >= 0, else min(1, π(y_i) / π_old(y_i)) of the whole response, without a gradient of its own
+
+  i, t      a response of the mini-batch, and a token y_it of it; B = --minibatch
+  c         --baseline, 0 by default
+  π, π_old  the policy, and the behaviour policy: the one that sampled the set (row.old_logp); both at
+            --temperature
+  m_it      batch.mask: 1 on the tokens of the response up to and including EOS, else 0
+  L         --max_response        H_it  entropy of π at the token; β = --entropy_bonus, 0 by default
+
+The gradient of the first term, times L, is eq. 8 of the paper. An *iteration* samples and verifies a set,
+--prompts x --n rollouts, once, and goes through it --epochs_per_iteration times. A step of this script is one
+mini-batch of the set and so one optimiser step; in the other scripts a step samples anew.
+
+A positive c makes right answers count less and wrong ones more: the effective share of positives in the
+gradient, p (1-c) / (1 + (1-2p) c) for a share p of right responses, falls as c rises. It is logged; the paper
+finds 10 to 20% best.
+
+Next to it: GRPO compares the responses to one prompt and drops them after --updates optimiser steps; here a
+response stands alone, right or wrong, and is used again and again. No demonstrations are needed.
 
 Deviations
   - ROLL and Trinity-RFT weigh each token by its own ratio, and Trinity rewards wrong but well-formatted
     answers. Weights are off by orders of magnitude then; here, as in the paper, a response has one weight.
   - J is divided by L, a constant, so that learning rates mean the same as in the other scripts;
-    `--token_mean` divides by the step's tokens instead, as there.
-  - `--baseline` is c. It sets the effective share of positives, p (1-c) / (1 + (1-2p) c) for a share p of
-    right responses; the paper finds 10 to 20% best, and it is logged.
+    `--token_mean` divides by N in place of B L.
+  - With `--offline` nobody knows the probabilities under who wrote the responses: those under the starting
+    policy stand in for them.
   - `--weights` has the alternatives that the paper compares: reinforce (w = 1), tis (min(1, ratio) for both
-    signs) and ppo (ratios clipped per token).
+    signs) and ppo (ratios clipped per token, no w).
+  - The numbers of prompts, epochs and rows are this project's choice, not the paper's.
 
-On a CPU, in minutes:   python topr.py
+On the toy (six runs, README.md) five sets and 240 steps bring easy problems to 0.95-0.99. Plain REINFORCE is
+at 0.00-0.01 after the first set and PPO's clip ends anywhere; tis is as good as TOPR on this task.
+
+On a CPU, in a minute:  python topr.py
 On a GPU:               python topr.py --model Qwen/Qwen2.5-Math-1.5B
 """
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 
 import common
-from common import Row, flag
-from run import Run
+from common import Row, Run, flag
 
 
 @dataclass
 class Args(common.Args):
-    token_mean: bool = flag("divide by the step's response tokens instead of B * L (DAPO)", False)
+    token_mean: bool = flag("divide by N, the mini-batch's tokens, in place of B L (DAPO)", False)
     data: str = flag("as in the other scripts; 'toy:easy' has only the toy's problems of one step",
-                     toy="toy:easy", real="Elliott/Openr1-Math-46k-8192")
+                     toy="toy:easy", real="Elliott/Openr1-Math-46k-8192", not_with="offline")
     lr: float = flag("learning rate of AdamW", toy=3e-4, real=1e-6, least=0)
     eval_every: int = flag("steps between evaluations on held-out problems", toy=48, real=64, least=1)
-    prompts: int = flag("prompts in a set", toy=192, real=1024, least=1)
-    n: int = flag("responses to a prompt", 8, least=1)
-    iterations: int = flag("sets to sample", 5, least=1)
+    prompts: int = flag("prompts in a set", toy=192, real=1024, least=1, not_with="offline")
+    n: int = flag("responses to a prompt", 8, least=1, not_with="offline")
+    iterations: int = flag("sets to sample", 5, least=1, not_with="offline")
     epochs_per_iteration: int = flag("times that a set is gone through", toy=4, real=2, least=1)
-    minibatch: int = flag("rows of a step, which --updates optimiser steps share", toy=128, real=512, least=1)
-    steps: int = flag("mini-batches to train on (default: those of --iterations)", least=1)
+    minibatch: int = flag("B: rows of a step's mini-batch", toy=128, real=256, least=1)
+    updates: int = flag("always 1: a step is one optimiser step", 1, least=1, most=1)
+    steps: int = flag("optimiser steps (default: those of --iterations)", least=1)
     weights: str = flag("of the responses", "topr", choices=("topr", "tis", "reinforce", "ppo"))
-    baseline: float = flag("c, between -1 and 1", 0.0, least=-0.99, most=0.99)
-    clip_low: float = flag("lower clip of the ratio, eps_low", 0.2, least=0, most=1)
-    clip_high: float = flag("upper clip of the ratio, eps_high (DAPO: 0.28)", 0.2, least=0)
+    baseline: float = flag("c, which is subtracted from R = 1 or -1", 0.0, least=-0.99, most=0.99)
+    clip_low: float = flag("ε_low of ppo", 0.2, least=0, most=1, only_with="weights=ppo")
+    clip_high: float = flag("ε_high of ppo", 0.2, least=0, only_with="weights=ppo")
     offline: str = flag("file with columns problem, answer, response to train on instead of sampling", "")
-    save_rollouts: bool = flag("keep the sets in runs/<name>/rollouts.jsonl, which --offline can read", False)
+    save_rollouts: bool = flag("keep the sets in runs/<name>/rollouts.jsonl, which --offline can read", False,
+                               not_with="offline")
 
 
 # ---------------------------------------------------------------------------------------------- the loss
@@ -100,11 +123,11 @@ def make_batch(run, args, problems) -> list[Row]:
 
 
 def make_set(run, args, rows):
-    """Gives the responses of an iteration R - c and the log-probs of the policy at its start."""
-    rewards = run.verify(rows)
+    """Gives every response of an iteration's set its A, and its log-probs under the policy of this moment."""
+    rewards = run.verify(rows)  # (rows,) 1.0: right answer in the box after </think>, else 0.0
     for row, reward in zip(rows, rewards.tolist()):
-        row.advantage = 2 * reward - 1 - args.baseline                             # R = ±1, minus c
-    run.score(rows)  # log-probs of the policy that sampled
+        row.advantage = 2 * reward - 1 - args.baseline                             # A = R - c, R = ±1
+    run.score(rows)  # sets row.old_logp: of the policy that sampled; with --offline it stands in for it
     p, c = rewards.mean().item(), args.baseline
     run.log("positives", p)
     run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
@@ -112,7 +135,7 @@ def make_set(run, args, rows):
 
 def pick(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
     """Off-policy: mini-batch number `place` of an iteration's set, which has a new order in every epoch."""
-    epoch, number = divmod(place, -(-len(rows) // size))
+    epoch, number = divmod(place, math.ceil(len(rows) / size))
     order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
     return order[number * size:(number + 1) * size]
 
@@ -122,30 +145,30 @@ def main():
     if args.offline:
         args.data, args.iterations = args.offline, 1
     run = Run(args)
-    optimizer = run.make_optimizer("rl")
-    offline = run.read_offline() if args.offline else []
-    steps_per_epoch = -(-(len(offline) or args.prompts * args.n) // args.minibatch)
-    steps_per_iteration = steps_per_epoch * args.epochs_per_iteration
+    offline = run.kept.read(args.offline, args.max_response) if args.offline else []
+    size = len(offline) or args.prompts * args.n
+    steps_per_iteration = math.ceil(size / args.minibatch) * args.epochs_per_iteration
     args.steps = args.steps or args.iterations * steps_per_iteration
-    collected = run.unpack(run.state.get("set", []))
-    for step in run.steps():
+    collected = run.kept.rows()  # of a run that goes on: its set
+    for step in run.steps(f"{args.steps} steps on mini-batches of {args.minibatch}, of sets of {size} rows"):
         iteration, place = divmod(step - 1, steps_per_iteration)
         if place == 0:
-            problems = run.draw("prompts", iteration * args.prompts, args.prompts)
-            collected = offline or make_batch(run, args, problems)
+            collected = offline or make_batch(run, args, run.next_problems(iteration))
             make_set(run, args, collected)
-            run.keep_set(collected)
+            run.kept.keep(collected)  # in the checkpoints of its steps
+            if args.save_rollouts:
+                run.kept.save(collected)
         rows = pick(collected, args.minibatch, place, f"{args.seed} {iteration}")
-        for minibatch in run.minibatches(rows):
+        for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             normaliser = tokens if args.token_mean else len(minibatch) * args.max_response
-            for batch in run.micro_batches(minibatch, args.entropy_bonus):
-                logp, entropy = run.logprobs(batch, args.entropy_bonus)
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors; rows of A = 0 left out
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T), at --temperature
                 loss, metrics = topr_loss(logp, batch.old_logp, batch.advantages, batch.mask,
                                           normaliser, args.weights, args.clip_low, args.clip_high)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
-            run.optimizer_step(optimizer, minibatch)
-        run.end_step()
+            run.optimizer_step(minibatch)  # scales a long gradient down; AdamW
+        run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
 
 

@@ -119,7 +119,7 @@ def main():
     RESULTS.parent.mkdir(exist_ok=True)
     if not args.draw:
         sys.path.insert(0, str(ROOT))
-        import toy
+        from runtime import toy
         jobs = [(method, args.q, base_seed, seed, toy.base_model(args.q, base_seed))
                 for base_seed in args.base_seeds for seed in args.seeds for method in args.only]
         with ThreadPoolExecutor(args.jobs) as pool:

@@ -32,9 +32,10 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 import grpo  # noqa: E402
-import toy  # noqa: E402
+from runtime import policy, toy  # noqa: E402
+from runtime.flags import fail  # noqa: E402
+from runtime.rows import Row, collate, micro_batches  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CARD = DEVICE.type == "cuda"
@@ -151,23 +152,23 @@ def flops_per_token(model, prompt: int, response: int) -> float:
     return 6 * n + 12 * config.num_hidden_layers * config.hidden_size * length / 2
 
 
-def random_rows(vocabulary: int, prompt: int, responses: list[int]) -> list[common.Row]:
+def random_rows(vocabulary: int, prompt: int, responses: list[int]) -> list[Row]:
     """Rows of random tokens: a prompt and, for each row, so many of a response."""
     rows = []
     for number, length in enumerate(responses):
         tokens = torch.randint(vocabulary, (prompt + length,)).tolist()
         old_logp = torch.full((length,), -math.log(vocabulary))  # nearly what random weights give: no clip
-        rows.append(common.Row(SimpleNamespace(prompt=tokens[:prompt]), tokens[prompt:], old_logp=old_logp,
+        rows.append(Row(SimpleNamespace(prompt=tokens[:prompt]), tokens[prompt:], old_logp=old_logp,
                                advantage=(-1.0) ** number))
     return rows
 
 
-def take_step(model, optimizer, rows: list[common.Row], args):
+def take_step(model, optimizer, rows: list[Row], args):
     """An optimiser step, as a run of grpo.py takes it."""
     model.train()
-    for part in common.micro_batches(rows, args.micro_tokens):
-        batch = common.collate(part, DEVICE)
-        logp, _ = common.logprobs(model, batch, args.temperature)
+    for part in micro_batches(rows, args.micro_tokens):
+        batch = collate(part, DEVICE)
+        logp, _ = policy.logprobs(model, batch, args.temperature)
         normaliser = len(rows) * args.max_response
         loss, _ = grpo.grpo_loss(logp, batch.old_logp, batch.advantages, batch.mask, normaliser)
         loss.backward()
@@ -182,7 +183,7 @@ def update(size, folder):
     defaults = {f.name: f.metadata["real"] if f.default is None else f.default for f in fields(grpo.Args)}
     args = grpo.Args(**defaults | {"model": random_model(size.config, folder), "max_prompt": size.prompt,
                                    "max_response": size.response, "eval_response": size.response})
-    model, _ = common.load_model(args, DEVICE)
+    model, _ = policy.load_model(args, DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
                                   weight_decay=args.weight_decay)
     rows = random_rows(model.config.vocab_size, size.prompt, [size.response] * size.rows)
@@ -261,7 +262,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     args = parser.parse_args()
     if not ON_CARD and not args.small:
-        common.fail("torch sees no CUDA device; --small has sizes that suit a CPU")
+        fail("torch sees no CUDA device; --small has sizes that suit a CPU")
     out = args.out or ROOT / "bench" / "results" / ("gpu-small.json" if args.small else "gpu.json")
     size, results = SMALL if args.small else FULL, {}
     out.parent.mkdir(parents=True, exist_ok=True)

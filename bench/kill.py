@@ -29,7 +29,7 @@ EXTRA = {"relift": ["--sft_batch", "4"],
 def tiny_model(folder: Path) -> Path:
     """A random model of the toy's kind: what is learnt does not matter here, only that it is the same."""
     import torch
-    import toy
+    from runtime import toy
     tokenizer = toy.make_tokenizer()
     torch.manual_seed(0)
     toy.Qwen2ForCausalLM(toy.Qwen2Config(

@@ -1,4 +1,4 @@
-"""Memory and time of common.token_logprobs against the plain formula, forward and backward, as ratios.
+"""Memory and time of policy.token_logprobs against the plain formula, forward and backward, as ratios.
 
     python bench/logprobs.py         # 1 x 4,096 tokens, vocabulary 151,936, hidden 256: needs 12 GB
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def measure(kind: str, tokens: int, vocabulary: int, hidden_size: int):
     """Prints processor seconds and peak megabytes above what stood before."""
     import torch
-    import common
+    from runtime import policy
 
     torch.manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
@@ -29,7 +29,7 @@ def measure(kind: str, tokens: int, vocabulary: int, hidden_size: int):
     if kind == "plain":
         logp = (hidden @ weight.T).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     else:
-        logp, _ = common.token_logprobs(hidden, weight, None, targets)
+        logp, _ = policy.token_logprobs(hidden, weight, None, targets)
     logp.mean().backward()
     print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from verification import ANSWER_MEGABYTES, ANSWER_SECONDS, NAMES, TIMEOUT, Verifier  # noqa: E402
+from runtime.verification import ANSWER_MEGABYTES, ANSWER_SECONDS, NAMES, TIMEOUT, Verifier  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "verifier.json"
 SPARE_SECONDS = 60       # for the honest answers

@@ -19,8 +19,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
-from run import Run  # noqa: E402
-import toy  # noqa: E402
+from common import Run  # noqa: E402
+from runtime import toy  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors lose by threads
 transformers.utils.logging.disable_progress_bar()
@@ -138,6 +138,10 @@ SMALL = ("--prompts 4 --n 4 --steps 2 --max_prompt 40 --max_response 40 --eval_r
          "--micro_tokens 512 --lr 0.01 --prompt_end").split() + [""]
 
 
+# The same for a file of responses, from which nothing is sampled in training.
+SMALL_OFFLINE = [part for part in SMALL if part not in ("--prompts", "--n", "4")]
+
+
 @pytest.fixture
 def command_line(tmp_path, monkeypatch):
     """Puts a script's command line in place, in an empty folder, and returns the script as a module."""
@@ -180,7 +184,7 @@ def pytest_collection_modifyitems(config, items):
     """The toy's base model takes minutes: it is made beside the other tests, and who needs it comes last."""
     items.sort(key=lambda item: "test_learning" in item.nodeid)
     if items and "test_learning" in items[-1].nodeid:
-        command = [sys.executable, "-c", "import toy; toy.base_model()"]
+        command = [sys.executable, "-c", "from runtime import toy; toy.base_model()"]
         config.base_model = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 import chord
 import common
-from run import Run
+from common import Run
 from chord import chord_loss, make_batch, mu_schedule
 from common import Row
 from grpo import grpo_loss
 from relift import sft_loss
+from runtime.problems import draw
 
 
 def schedules() -> list:
@@ -215,9 +216,10 @@ def shared_run(tiny_model, tmp_path_factory):
 def run(shared_run, monkeypatch):
     """The run as if new. With its share of 0.2 there are 4 demonstrations beside 4 x 4 rollouts."""
     monkeypatch.setattr(shared_run, "args", dataclasses.replace(shared_run.args))
-    monkeypatch.setattr(shared_run, "sampler", shared_run.sampler)
+    monkeypatch.setattr(shared_run.demonstrations, "args", shared_run.args)
+    monkeypatch.setattr(shared_run.sampler, "engine", shared_run.sampler.engine)
     shared_run.state.clear()
-    shared_run.sums.clear()
+    shared_run.record.sums.clear()
     return shared_run
 
 
@@ -240,7 +242,7 @@ def test_rollouts_and_demonstrations_stand_side_by_side(run):
     for row in experts:
         assert row.is_demo
         assert row.advantage  # or it would be left out of the micro-batches
-        assert run.text(row) == row.problem.demonstration
+        assert run.codec.text(row) == row.problem.demonstration
     run.args.prompts, run.args.expert_share = 8, 0.5
     assert len(demonstrations(run, 1)) == 8 * 4  # half of the rows
 
@@ -248,7 +250,7 @@ def test_rollouts_and_demonstrations_stand_side_by_side(run):
 def test_demonstrations_are_a_stream_of_their_own(run):
     """It is the same for every choice of prompts, not that of the prompts, and set by the seed."""
     stream = demonstrations(run, 4)
-    order = indices(map(Row, run.draw("prompts", 0, 20), [[]] * 20))
+    order = indices(map(Row, draw(run.train, "0 prompts", 0, 20), [[]] * 20))
     assert stream != [index for index in order if index in USABLE]
     run.state.clear()
     assert demonstrations(run, 4, prompts=slice(4, 12)) == stream
@@ -262,8 +264,8 @@ def test_all_demonstrations_are_used_before_one_comes_again(run):
     assert [sorted(epoch) for epoch in epochs] == [USABLE] * 3
     assert len(set(map(tuple, epochs))) == 3  # in a new order
     # the two that do not fit are counted each time that they come up, the two that are missing are not
-    seen = indices(map(Row, run.draw("experts", 0, run.state["drawn"]), [[]] * 60))
-    assert run.sums["demonstrations/left_out"][0] == seen.count(0) + seen.count(5) >= 4
+    seen = indices(map(Row, draw(run.train, "0 experts", 0, run.state["drawn"]), [[]] * 60))
+    assert run.record.sums["demonstrations/left_out"][0] == seen.count(0) + seen.count(5) >= 4
     assert [index for index in seen if index in USABLE] == sum(epochs, [])
 
 
@@ -285,9 +287,9 @@ def test_a_side_of_weight_0_costs_nothing(run):
     rollouts, experts = make_batch(run, run.args, run.train[:4], 0)
     assert (len(rollouts), len(experts)) == (16, 0)
     assert run.state["drawn"] == 0  # none was drawn and thrown away
-    assert run.sums["demonstrations/left_out"][0] == 0
+    assert run.record.sums["demonstrations/left_out"][0] == 0
 
-    run.sampler = None  # whoever samples now fails
+    run.sampler.engine = None  # whoever samples now fails
     rollouts, experts = make_batch(run, run.args, run.train[:4], 1)
     assert (len(rollouts), len(experts)) == (0, 4)
 

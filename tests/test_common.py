@@ -13,11 +13,11 @@ from conftest import SMALL, load, save_model, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import rollout
-import toy
 from common import Row
 from luffy import luffy_loss
-from problems import SYSTEM
+from runtime import policy, sampling, toy
+from runtime.problems import SYSTEM
+from runtime.rows import collate, micro_batches
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy
@@ -31,11 +31,11 @@ def plain_logprobs(hidden, weight, bias, targets, temperature):
 @pytest.mark.parametrize("temperature", (0.3, 1.0, 1.7))
 @pytest.mark.parametrize("with_entropy, with_bias", ((True, True), (True, False), (False, True)))
 def test_chunked_log_probs_equal_the_plain_formula(monkeypatch, chunk, temperature, with_entropy, with_bias):
-    monkeypatch.setattr(common, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(policy, "LOGIT_CHUNK", chunk)
     torch.manual_seed(0)
     targets, weights = torch.randint(50, (17,)), torch.randn(2, 17, dtype=torch.float64)
     values, results = [torch.randn(size, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,))], []
-    for formula in (plain_logprobs, lambda *inputs: common.token_logprobs(*inputs, entropy=with_entropy)):
+    for formula in (plain_logprobs, lambda *inputs: policy.token_logprobs(*inputs, entropy=with_entropy)):
         hidden, weight, bias = [value.clone().requires_grad_() for value in values]
         logp, entropy = formula(hidden, weight, bias if with_bias else None, targets, temperature)
         (weights[0] @ logp + (weights[1] @ entropy if with_entropy else 0)).backward()
@@ -55,7 +55,7 @@ def test_under_autocast_master_weights_get_float32_gradients(with_bias):
     for enabled in (False, True):
         hidden, weight, bias = [value.clone().requires_grad_() for value in values]
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logp, entropy = common.token_logprobs(hidden, weight, bias if with_bias else None, targets,
+            logp, entropy = policy.token_logprobs(hidden, weight, bias if with_bias else None, targets,
                                                   entropy=True)
         (weights[0] @ logp + weights[1] @ entropy).backward()
         results.append([logp.detach(), entropy.detach(), hidden.grad, weight.grad])
@@ -78,10 +78,10 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("with_entropy", (True, False))
 def test_logits_exist_for_a_chunk_of_tokens_at_a_time(monkeypatch, with_entropy):
-    monkeypatch.setattr(common, "LOGIT_CHUNK", 4)
+    monkeypatch.setattr(policy, "LOGIT_CHUNK", 4)
     hidden, weight = torch.randn(64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
     with Largest() as largest:
-        logp, entropy = common.token_logprobs(hidden, weight, None, torch.arange(64), entropy=with_entropy)
+        logp, entropy = policy.token_logprobs(hidden, weight, None, torch.arange(64), entropy=with_entropy)
         (logp + (entropy if with_entropy else 0)).sum().backward()
     assert largest.numbers == 4 * 1000
 
@@ -110,8 +110,8 @@ def row_logprobs(model, row: Row, temperature=1.0):
 def test_log_probs_do_not_depend_on_padding(tiny_model):
     model, tokenizer = load(tiny_model)
     rows = random_rows(tokenizer)
-    batch = common.collate(rows, "cpu")
-    logp, entropy = common.logprobs(model, batch, 0.8, entropy=True)
+    batch = collate(rows, "cpu")
+    logp, entropy = policy.logprobs(model, batch, 0.8, entropy=True)
     assert logp.shape == entropy.shape == batch.mask.shape
     assert not logp[~batch.mask].any() and not entropy[~batch.mask].any()
     for i, row in enumerate(rows):
@@ -123,9 +123,9 @@ def step_gradient(model, rows, micro_tokens):
     """Gradient and sums of metrics of an optimiser step on the rows, as in a script's loop."""
     model.zero_grad()
     tokens, normaliser, sums = sum(len(row.response) for row in rows), len(rows) * 40, Counter()
-    for part in common.micro_batches(rows, micro_tokens):
-        batch = common.collate(part, "cpu")
-        logp, entropy = common.logprobs(model, batch, 0.9, entropy=True)
+    for part in micro_batches(rows, micro_tokens):
+        batch = collate(part, "cpu")
+        logp, entropy = policy.logprobs(model, batch, 0.9, entropy=True)
         loss, metrics = luffy_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo,
                                    normaliser)
         (loss - 0.01 * entropy.sum() / tokens).backward()
@@ -149,15 +149,15 @@ def test_gradient_is_the_same_for_every_micro_batch_budget(tiny_model, micro_tok
 @pytest.mark.parametrize("micro_tokens", (1, 25, 60, 100, 170, 10_000))
 def test_micro_batches_hold_every_row_once_and_keep_the_budget(micro_tokens):
     rows = random_rows(toy.make_tokenizer(), 40)
-    parts = common.micro_batches(rows, micro_tokens)
+    parts = micro_batches(rows, micro_tokens)
     assert Counter(id(row) for part in parts for row in part) == Counter(id(row) for row in rows)
     for part in parts:
-        assert len(part) == 1 or common.collate(part, "cpu").tokens.numel() <= micro_tokens
+        assert len(part) == 1 or collate(part, "cpu").tokens.numel() <= micro_tokens
 
 
 def test_rows_without_advantage_are_left_out_and_not_missed(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
-    rows = random_rows(run.tokenizer)
+    rows = random_rows(run.policy.tokenizer)
     for row in rows[::2]:
         row.advantage = 0.0
     for bonus, used in ((0.0, 6), (0.1, 12)):  # the bonus has a gradient in every row
@@ -171,8 +171,8 @@ def test_eos_is_trained_on(tiny_model, pad_is_eos):
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     rows = [row for row in random_rows(tokenizer) if len(row.response) > 1]
-    batch = common.collate(rows, "cpu")
-    logp, _ = common.logprobs(model, batch, 1.0)
+    batch = collate(rows, "cpu")
+    logp, _ = policy.logprobs(model, batch, 1.0)
     logp.retain_grad()
     loss, _ = luffy_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo)
     loss.backward()
@@ -190,13 +190,13 @@ def test_a_cut_response_has_no_eos_and_no_reward(make_run, coin_model, coin_data
     for limit, right in ((8, True), (7, False)):
         run = make_run("grpo", *flags, "--max_response", str(limit), "--name", f"limit-{limit}")
         rows = run.rollout([run.train[0]] * 32)
-        whole = [row for row in rows if row.response[-1] == run.tokenizer.eos_token_id]
-        assert any(r"\boxed{" + run.train[0].answer in run.text(row) for row in rows)
+        whole = [row for row in rows if row.response[-1] == run.policy.tokenizer.eos_token_id]
+        assert any(r"\boxed{" + run.train[0].answer in run.codec.text(row) for row in rows)
         assert bool(run.verify(rows).any()) == right
         assert bool(whole) == right
         assert max(len(row.response) for row in rows) == limit
-        assert run.sums["response/cut"] == [32 - len(whole), 32]
-        batch = common.collate(rows, "cpu")
+        assert run.record.sums["response/cut"] == [32 - len(whole), 32]
+        batch = collate(rows, "cpu")
         assert batch.mask.sum(dim=1).tolist() == [len(row.response) for row in rows]
 
 
@@ -218,11 +218,11 @@ def test_log_probs_of_generation_equal_those_of_training(tiny_model, temperature
     model.generation_config.update(top_k=3, top_p=0.5, temperature=0.2, repetition_penalty=1.5, min_p=0.3)
     prompts = rendered(tokenizer, 24)
     assert len({len(prompt) for prompt in prompts}) > 3
-    responses = rollout.TransformersSampler(model, tokenizer).generate(prompts, 60, temperature, seed=1)
+    responses = sampling.TransformersSampler(model, tokenizer).generate(prompts, 60, temperature, seed=1)
     assert len(responses) == len(prompts)
     for prompt, (response, sampler_logp) in zip(prompts, responses):
         row = Row(SimpleNamespace(prompt=prompt), response)
-        logp, _ = common.logprobs(model, common.collate([row], "cpu"), temperature)
+        logp, _ = policy.logprobs(model, collate([row], "cpu"), temperature)
         torch.testing.assert_close(torch.tensor(sampler_logp), logp[0].detach(), rtol=0, atol=1e-5)
         alone, _ = row_logprobs(model, row, temperature)
         torch.testing.assert_close(logp[0], alone, rtol=0, atol=1e-5)
@@ -236,7 +236,7 @@ def test_log_probs_of_generation_equal_those_of_training(tiny_model, temperature
 def test_sampling_is_from_the_whole_distribution_and_repeats_with_its_seed(tiny_model):
     model, tokenizer = load(tiny_model, torch.float32)
     model.generation_config.update(top_k=3, top_p=0.5, temperature=0.2, repetition_penalty=1.5, min_p=0.3)
-    sampler, prompts = rollout.TransformersSampler(model, tokenizer), rendered(tokenizer, 1) * 3000
+    sampler, prompts = sampling.TransformersSampler(model, tokenizer), rendered(tokenizer, 1) * 3000
     responses = sampler.generate(prompts, 1, 1.3, seed=0)
     p = (model(input_ids=torch.tensor(prompts[:1])).logits[0, -1] / 1.3).softmax(dim=-1).detach()
     counts = Counter(response[0] for response, _ in responses)
@@ -356,18 +356,18 @@ def test_a_demonstration_as_the_policy_would_write_it(make_run, tiny_model, tmp_
     data = write_jsonl(tmp_path / "rows.jsonl", PLAIN_ROWS)
     run = make_run("luffy", "--model", str(tmp_path / "model"), "--data", data, *SMALL)
     problem, = [problem for problem in run.train if problem.index == 1]
-    row = run.demonstration(problem)
+    row = run.demonstrations.of(problem)
     assert row.is_demo and row.response[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(row.response[:-1]) == (THOUGHT.removeprefix("<think>\n") if opened else THOUGHT)
     assert (problem.text + tokenizer.decode(row.response)).count("<think>") == 1
     assert run.verify([row]).tolist() == [1.0]
 
     run.args.max_response = len(row.response)
-    assert run.demonstration(problem).response == row.response
-    assert run.sums["demonstrations/left_out"][0] == 0
+    assert run.demonstrations.of(problem).response == row.response
+    assert run.record.sums["demonstrations/left_out"][0] == 0
     run.args.max_response -= 1
-    assert run.demonstration(problem) is None
-    assert run.sums["demonstrations/left_out"][0] == 1
+    assert run.demonstrations.of(problem) is None
+    assert run.record.sums["demonstrations/left_out"][0] == 1
 
 
 def order(run, steps: int) -> list[int]:
@@ -396,7 +396,7 @@ def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, t
     assert sorted(problem.index for problem in run.train + run.held_out) == list(range(20))
     rows = [{"problem": f"a={i % 10};a?", "answer": "1", "response": str(i)} for i in range(40)]
     responses = write_jsonl(tmp_path / "responses.jsonl", rows)  # four to each problem
-    run = make_run("topr", *flags[:2], "--offline", responses, "--data", responses, *SMALL, "--name", "c")
+    run = make_run("topr", *flags[:2], "--data", responses, *SMALL, "--name", "c")
     assert len(run.held_out) == 1 and len(run.train) == 36
     assert run.held_out[0].text not in {problem.text for problem in run.train}
     rows = [{"problem": "a?", "answer": "1", "data_source": "mine"}]

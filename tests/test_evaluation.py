@@ -7,9 +7,10 @@ import statistics
 import pytest
 from conftest import SMALL, TESTS, load, read_jsonl, run_script, write_jsonl
 
-import evaluation
-from common import Problem, Row
-from problems import SYSTEM as OURS
+from common import Row
+from runtime import evaluation
+from runtime.problems import SYSTEM as OURS
+from runtime.rows import Problem
 
 
 @pytest.mark.parametrize("samples, right", [(4, 0), (4, 1), (5, 3), (6, 6), (1, 1), (1, 0), (7, 2)])
@@ -129,9 +130,9 @@ def test_the_papers_prompt_in_training_and_in_evaluation(qwen_math, make_run, tm
              "--max_response", "100", "--eval_response", "100")
     run = make_run("luffy", *flags)
     assert run.train[0].text == run.held_out[0].text == rendered(SYSTEM)
-    response = run.encode(run.train[0], run.train[0].demonstration)
-    assert run.tokenizer.decode(response[:-1]) == thought.removeprefix("<think>\n")  # it is in the prompt
-    run.announce()
+    response = run.codec.encode(run.train[0], run.train[0].demonstration)
+    assert run.policy.tokenizer.decode(response[:-1]) == thought.removeprefix("<think>\n")  # it is in the prompt
+    run.record.announce(run.policy, run.train, run.held_out, "")
     assert rendered(SYSTEM) in capsys.readouterr().out
     other = make_run("luffy", *flags, "--system", "Be brief.", "--prompt_end", "", "--name", "other")
     assert other.held_out[0].text == rendered("Be brief.").removesuffix("<think>\n")
@@ -143,4 +144,4 @@ def test_benchmarks_without_training_data_are_asked_in_our_words(qwen_math, make
     run = make_run("luffy", "--model", qwen_math, "--eval_only", "--eval_data", benchmark,
                    "--max_prompt", "250", "--max_response", "5", "--eval_response", "5")
     assert run.train == [] and run.held_out[0].text == rendered(OURS)
-    assert json.loads((run.folder / "args.json").read_text())["prompt_end"] == "<think>\n"
+    assert json.loads((run.record.folder / "args.json").read_text())["prompt_end"] == "<think>\n"

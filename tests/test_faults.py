@@ -15,8 +15,8 @@ from conftest import ROOT, SMALL, load, read_jsonl, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from problems import load_problems, read_rows
-from verification import RIGHT, Verifier
+from runtime.problems import load_problems, read_rows
+from runtime.verification import RIGHT, Verifier
 
 # ------------------------------------------------------------------------------------------ kill and resume
 
@@ -31,19 +31,18 @@ def test_a_run_killed_three_times_ends_as_one_left_alone(tmp_path):
 
 def test_a_half_written_checkpoint_does_not_hide_the_last_good_one(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, "--name", "x", *SMALL)
-    run.make_optimizer("rl")
-    run.write_metrics({})
+    run.record.write_metrics(run.step, {})
     run.step = 1
-    run.save_checkpoint()
-    (run.folder / "checkpoint" / "state.new").write_bytes(b"half")
-    assert run.load_checkpoint()["step"] == 1
+    run.save()
+    (run.record.folder / "checkpoint" / "state.new").write_bytes(b"half")
+    assert run.record.load()["step"] == 1
 
 
 @pytest.mark.parametrize("spoiled", (b"", b"no checkpoint", b"PK and no more", None))
 def test_a_checkpoint_that_cannot_be_read_is_one_line(make_run, tiny_model, coin_data, capsys, spoiled):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
-    run.save_checkpoint()
-    path = run.folder / "checkpoint" / "state.pt"
+    run.save()
+    path = run.record.folder / "checkpoint" / "state.pt"
     path.write_bytes(path.read_bytes()[:3000] if spoiled is None else spoiled)  # None: its beginning
     with pytest.raises(SystemExit) as error:
         make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x", "--resume")
@@ -54,13 +53,13 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(make_run, tiny_model, coin
 
 def test_what_was_logged_after_the_checkpoint_comes_only_once(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, "--name", "x", *SMALL)
-    run.write_metrics({"before": 1})
-    run.save_checkpoint()
-    run.write_metrics({"after": 1})
-    (run.folder / "samples.jsonl").write_text("a sample\n")
-    run.load_checkpoint()
-    assert [sorted(line) for line in read_jsonl(run.folder / "metrics.jsonl")] == [["before", "step"]]
-    assert (run.folder / "samples.jsonl").read_text() == ""
+    run.record.write_metrics(run.step, {"before": 1})
+    run.save()
+    run.record.write_metrics(run.step, {"after": 1})
+    (run.record.folder / "samples.jsonl").write_text("a sample\n")
+    run.record.load()
+    assert [sorted(line) for line in read_jsonl(run.record.folder / "metrics.jsonl")] == [["before", "step"]]
+    assert (run.record.folder / "samples.jsonl").read_text() == ""
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -118,32 +117,31 @@ def test_a_second_ctrl_c_ends_it_at_once(tiny_model, coin_data, tmp_path):
 # ------------------------------------------------------------------------------------- gradients not finite
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make_run, tiny_model, coin_data, capsys):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
-    optimizer = run.make_optimizer("rl")
     rows = run.rollout(run.train[:2])
-    before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
-    first = next(run.model.parameters())
+    before = {name: parameter.clone() for name, parameter in run.policy.model.named_parameters()}
+    first = next(run.policy.model.parameters())
     for number, bad in enumerate((float("nan"), float("inf"), float("nan")), 1):
         first.grad = torch.full_like(first, bad)
         if number < 3:
-            run.optimizer_step(optimizer, rows)
-            kept = json.loads((run.folder / f"skipped-{number}.json").read_text())
-            assert [row["response"] for row in kept] == [run.text(row) for row in rows]
-            assert run.sums["updates/skipped"][0] == number
+            run.optimizer_step(rows)
+            kept = json.loads((run.record.folder / f"skipped-{number}.json").read_text())
+            assert [row["response"] for row in kept] == [run.codec.text(row) for row in rows]
+            assert run.record.sums["updates/skipped"][0] == number
         else:  # three in a row
             with pytest.raises(SystemExit) as error:
-                run.optimizer_step(optimizer, rows)
+                run.optimizer_step(rows)
             assert error.value.code == 2
             assert "--lr" in capsys.readouterr().err
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in run.policy.model.named_parameters():
         assert torch.equal(parameter, before[name])
 
 
 def test_a_good_update_between_two_bad_ones_counts_anew(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
-    optimizer, first = run.make_optimizer("rl"), next(run.model.parameters())
+    first = next(run.policy.model.parameters())
     for bad in (float("nan"), float("nan"), 1.0, float("nan"), float("nan")):
         first.grad = torch.full_like(first, bad)
-        run.optimizer_step(optimizer, [])
+        run.optimizer_step([])
     assert run.skipped == 2
 
 
@@ -294,12 +292,12 @@ def test_a_truncated_parquet_file_is_one_line(tmp_path, capsys):
 def test_a_folder_of_another_run_is_left_alone(make_run, tiny_model, coin_data, capsys, flags, named):
     flags = ["--model", tiny_model, "--data", coin_data, *SMALL, *flags]
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
-    run.write_metrics({"precious": 1})
+    run.record.write_metrics(run.step, {"precious": 1})
     with pytest.raises(SystemExit) as error:
         make_run("grpo", *flags)
     assert error.value.code == 2
     assert named in capsys.readouterr().err
-    assert read_jsonl(run.folder / "metrics.jsonl") == [{"step": 0, "precious": 1}]
+    assert read_jsonl(run.record.folder / "metrics.jsonl") == [{"step": 0, "precious": 1}]
 
 
 @pytest.mark.parametrize("place", ("runs", "runs/x"))
@@ -330,9 +328,9 @@ def test_a_run_of_another_method_is_not_resumed(make_run, tiny_model, coin_data,
 def test_the_saved_model_is_the_trained_one(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
     with torch.no_grad():
-        next(run.model.parameters()).add_(0.5)
-    run.write_metrics({})
+        next(run.policy.model.parameters()).add_(0.5)
+    run.record.write_metrics(run.step, {})
     run.end()
-    saved, _ = load(str(run.folder / "model"), torch.float32)
-    for trained, loaded in zip(run.model.parameters(), saved.parameters()):
+    saved, _ = load(str(run.record.folder / "model"), torch.float32)
+    for trained, loaded in zip(run.policy.model.parameters(), saved.parameters()):
         assert torch.equal(trained, loaded)

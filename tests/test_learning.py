@@ -4,7 +4,7 @@ import random
 import torch
 
 from conftest import load, read_jsonl, run_script
-import toy
+from runtime import toy
 
 
 def test_the_base_model_can_but_does_not(base_model):

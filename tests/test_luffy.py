@@ -139,9 +139,9 @@ def test_a_demonstration_takes_the_place_of_a_rollout(make_run, tiny_model, tmp_
     assert Counter(row.problem.index for row in batch) == {0: 4, 1: 4, 2: 4, 3: 4}
     assert sorted(row.problem.index for row in batch if row.is_demo) == [0, 3]  # 1 doesn't fit, 2 has none
     assert all((row.sampler_logp is None) == row.is_demo for row in batch)
-    eos = run.tokenizer.eos_token_id
+    eos = run.policy.tokenizer.eos_token_id
     assert all(row.response[-1] == eos for row in batch if row.is_demo)
-    assert run.sums["demonstrations/left_out"][0] == 1
+    assert run.record.sums["demonstrations/left_out"][0] == 1
     # a demonstration's reward is the verifier's, and the other rewards come from what the rollouts say
     rewards = run.verify(batch)
     assert [reward for row, reward in zip(batch, rewards.tolist()) if row.is_demo] == [1.0, 1.0]

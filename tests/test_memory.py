@@ -7,8 +7,7 @@ import torch
 import transformers
 from conftest import ROOT, SMALL
 
-import common
-import memory
+from runtime import memory, policy
 
 QWEN_MATH = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536,
@@ -106,16 +105,16 @@ def test_the_readmes_table_is_what_the_estimate_says():
 def test_rope_and_positions_are_those_of_the_flags(tiny_model, make_run, coin_data, tmp_path):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--rope_theta", "40000",
                    "--max_positions", "512", "--max_response", "400")
-    plain, _ = common.load_model(make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL,
+    plain, _ = policy.load_model(make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL,
                                           "--name", "plain").args, torch.device("cpu"))
-    assert run.model.config.max_position_embeddings == 512
+    assert run.policy.model.config.max_position_embeddings == 512
     tokens = torch.tensor([[5, 6, 7, 8]])
-    longer, shorter = (model.model.rotary_emb.inv_freq for model in (run.model, plain))
+    longer, shorter = (model.model.rotary_emb.inv_freq for model in (run.policy.model, plain))
     power = torch.arange(0, 8, 2) / 8
     torch.testing.assert_close(longer, 40000.0 ** -power)
     torch.testing.assert_close(shorter, 10000.0 ** -power)
-    assert not torch.equal(run.model(tokens).logits, plain(tokens).logits)
-    run.model.save_pretrained(tmp_path / "saved")
+    assert not torch.equal(run.policy.model(tokens).logits, plain(tokens).logits)
+    run.policy.model.save_pretrained(tmp_path / "saved")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
     assert config.rope_parameters["rope_theta"] == 40000
     assert config.max_position_embeddings == 512

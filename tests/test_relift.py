@@ -168,23 +168,23 @@ def test_only_usable_demonstrations_wait_and_each_of_them_once(train):
     assert sum(line["demonstrations/left_out"] for line in metrics[1:]) == 2
     assert sum(line["relift/without_demonstration"] for line in metrics[1:]) == 3  # 1 came twice in a step
     assert not any("loss/off_policy" in line for line in metrics)
-    assert not saved["optimizers"]["sft"]["state"]  # it has never made a step
+    assert list(saved["policy"]["optimizers"]) == ["rl"]  # fine-tuning has never made a step
 
 
 def test_fine_tuning_is_the_token_mean_and_has_moments_of_its_own(train, tiny_model):
-    """RL learns nothing from groups that are all wrong: its moments stay 0 beside those of fine-tuning."""
+    """At a learning rate of 0 its gradient is that of the first weights, whatever RL's entropy bonus does."""
     texts = [f"<think>\n{'a=2' * (i % 4)}\n</think>\n\\boxed{{1}}" for i in range(4)]
     saved, metrics = train(texts, "--steps", "1", "--sft_batch", "3", "--updates", "2",
-                           "--max_response", "40", "--max_grad_norm", "1e9", "--micro_tokens", "60")
+                           "--max_response", "40", "--sft_max_grad_norm", "1e9", "--micro_tokens", "60", "--lr", "0")
     used, waiting = saved["state"]["used"], saved["state"]["buffer"]
     assert (sorted(used + waiting), len(used)) == ([0, 1, 2, 3], 3)
     assert saved["state"]["sft_steps"] == metrics[1]["relift/sft_steps"] == 1
     assert metrics[1]["relift/used"] == 3 / 4
     assert metrics[1]["relift/buffer"] == 1
-    moments = {name: saved["optimizers"][name]["state"] for name in ("rl", "sft")}
+    moments = {name: saved["policy"]["optimizers"][name]["state"] for name in ("rl", "sft")}
     assert {entry["step"].item() for entry in moments["rl"].values()} == {2}
     assert {entry["step"].item() for entry in moments["sft"].values()} == {1}
-    assert not any(entry["exp_avg"].any() for entry in moments["rl"].values())
+    assert any(entry["exp_avg"].any() for entry in moments["rl"].values())  # all groups are wrong: the bonus
 
     # the gradient of the mean over all tokens of the three, each row alone, from the weights before the run
     model, tokenizer = load(tiny_model)

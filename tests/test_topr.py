@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SMALL, assert_golden, assert_parts_add_up, golden, read_jsonl, run_script, tensors
+from conftest import SMALL, SMALL_OFFLINE, assert_golden, assert_parts_add_up, golden, read_jsonl, run_script, tensors
 
-from common import Row, collate
+from common import Row
+from runtime.rows import collate
 from relift import sft_loss
 from topr import make_set, pick, topr_loss
 
@@ -178,17 +179,17 @@ def test_a_set_is_verified_once_and_keeps_its_log_probs(topr_run):
     rows = []
     for problem, correct in zip(run.train, right):
         answer = problem.answer if correct else "7"
-        response = run.encode(problem, f"<think>\n</think>\n\\boxed{{{answer}}}")
+        response = run.codec.encode(problem, f"<think>\n</think>\n\\boxed{{{answer}}}")
         rows.append(Row(problem, response, sampler_logp=[0.0] * len(response)))
     for c in (0.0, 0.5, -0.5, 0.9):
         run.args.baseline = c
-        run.sums.clear()
+        run.record.sums.clear()
         make_set(run, run.args, rows)
         expected = [1 - c if correct else -1 - c for correct in right]
         assert [row.advantage for row in rows] == pytest.approx(expected)
         positive = sum(weight for weight in expected if weight > 0)
-        assert run.sums["positives"] == [3 / 8, 1]
-        share, count = run.sums["positives/effective"]
+        assert run.record.sums["positives"] == [3 / 8, 1]
+        share, count = run.record.sums["positives/effective"]
         assert count == 1
         assert share == pytest.approx(positive / sum(map(abs, expected)), rel=1e-12)
     for row in rows:
@@ -201,9 +202,12 @@ def test_a_set_comes_back_from_a_checkpoint_as_it_was(topr_run, tmp_path):
     rows = run.rollout(run.train[:5] * 2)
     make_set(run, run.args, rows)
     assert {row.advantage for row in rows} == {1.0, -1.0}
-    torch.save(run.pack(rows), tmp_path / "set.pt")
-    packed = torch.load(tmp_path / "set.pt", weights_only=True)
-    again = run.unpack(packed)
+    run.kept.keep(rows)
+    torch.save(run.state, tmp_path / "state.pt")
+    run.state.clear()
+    assert run.kept.rows() == []
+    run.state.update(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = run.kept.rows()
     assert len(again) == len(rows)
     for old, new in zip(rows, again):
         assert new.problem is old.problem
@@ -223,8 +227,9 @@ def checkpoint(folder) -> dict:
 
 def test_saved_rollouts_are_trained_on_offline_with_the_same_rewards(coin_model, coin_data, tmp_path):
     """One set, once sampled and once read: the same responses, rewards and behaviour log-probs."""
-    flags = ("--model", coin_model, "--eval_data", coin_data, *SMALL, "--minibatch", "8", "--name")
-    online = run_script("topr.py", *flags, "online", "--data", coin_data, "--save_rollouts", cwd=tmp_path)
+    flags = ("--model", coin_model, "--eval_data", coin_data, *SMALL_OFFLINE, "--minibatch", "8", "--name")
+    online = run_script("topr.py", *flags, "online", "--data", coin_data, "--prompts", "4", "--n", "4",
+                        "--save_rollouts", cwd=tmp_path)
     assert online.returncode == 0, online.stderr
     saved = tmp_path / "runs" / "online" / "rollouts.jsonl"
     rollouts = read_jsonl(saved)
@@ -235,13 +240,13 @@ def test_saved_rollouts_are_trained_on_offline_with_the_same_rewards(coin_model,
     assert offline.returncode == 0, offline.stderr
     a, b = [checkpoint(tmp_path / "runs" / name) for name in ("online", "offline")]
     assert a["step"] == b["step"] == 2
-    assert len(a["state"]["set"]) == len(b["state"]["set"]) == len(rollouts) == 16
-    for sampled, read, row in zip(a["state"]["set"], b["state"]["set"], rollouts):
+    assert len(a["state"]["kept"]) == len(b["state"]["kept"]) == len(rollouts) == 16
+    for sampled, read, row in zip(a["state"]["kept"], b["state"]["kept"], rollouts):
         assert read["response"] == sampled["response"]
         right = f"\\boxed{{{row['answer']}}}" in row["response"]  # the coin model's only right answer
         assert read["advantage"] == sampled["advantage"] == (1.0 if right else -1.0)
         torch.testing.assert_close(read["old_logp"], sampled["old_logp"], rtol=0, atol=1e-5)
-    assert {row["advantage"] for row in b["state"]["set"]} == {1.0, -1.0}
+    assert {row["advantage"] for row in b["state"]["kept"]} == {1.0, -1.0}
     lines = [read_jsonl(tmp_path / "runs" / name / "metrics.jsonl")[1] for name in ("online", "offline")]
     assert lines[0]["positives"] == lines[1]["positives"]
     assert lines[0]["reward"] == lines[1]["reward"]
@@ -249,7 +254,7 @@ def test_saved_rollouts_are_trained_on_offline_with_the_same_rewards(coin_model,
 
 
 def test_offline_data_without_responses_ends_in_one_line(coin_model, coin_data, tmp_path):
-    result = run_script("topr.py", "--model", coin_model, "--offline", coin_data, *SMALL, cwd=tmp_path)
+    result = run_script("topr.py", "--model", coin_model, "--offline", coin_data, *SMALL_OFFLINE, cwd=tmp_path)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert coin_data in result.stderr

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import verification
-import toy
+from runtime import toy, verification
 
 TRAIN, HELD_OUT = toy.make_rows()
 ROWS = TRAIN + HELD_OUT

@@ -12,8 +12,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import verification
-from verification import CRASH, RIGHT, TIMEOUT, UNPARSED, WRONG, boxed_answer
+from runtime import verification
+from runtime.verification import CRASH, RIGHT, TIMEOUT, UNPARSED, WRONG, boxed_answer
 
 
 def response(answer: str) -> str:
@@ -226,7 +226,7 @@ def test_no_process_is_left_after_close():
 PROGRAM = f"""
 import sys, threading
 sys.path.insert(0, {str(ROOT)!r})
-import verification
+from runtime import verification
 verification.ANSWER_SECONDS = 2.0
 verifier = verification.Verifier(workers=2)
 threading.Thread(target=verifier, args=(["1"], [{response(tower(9, 4))!r}]), daemon=True).start()

@@ -15,11 +15,9 @@ import torch
 import transformers
 from conftest import SMALL, read_jsonl, run_script, save_model, write_jsonl
 
-import common
-import rollout
-import run
-import toy
 from common import Row
+from runtime import policy, sampling, toy
+from runtime.rows import collate
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")  # before the import that reads them
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling vLLM's sampler takes longer than these tests
@@ -57,7 +55,7 @@ def folder(tmp_path_factory) -> str:
 def engine(folder):
     """The sampler and the trainer's model, and the weights with which both begin."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    sampler = rollout.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3)
+    sampler = sampling.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3)
     return SimpleNamespace(sampler=sampler, model=model, weights=copy.deepcopy(model.state_dict()))
 
 
@@ -81,7 +79,7 @@ def change(model):
 def gap(model, prompts, responses, temperature=1.0) -> float:
     """The largest difference of a token's log-prob between sampler and trainer, in nats."""
     rows = [Row(SimpleNamespace(prompt=prompt), *response) for prompt, response in zip(prompts, responses)]
-    logp, _ = common.logprobs(model.eval(), common.collate(rows, DEVICE), temperature)
+    logp, _ = policy.logprobs(model.eval(), collate(rows, DEVICE), temperature)
     return max((expected[:len(row.response)].cpu() - torch.tensor(row.sampler_logp)).abs().max().item()
                for expected, row in zip(logp, rows))
 
@@ -152,12 +150,12 @@ def test_a_stale_engine_ends_the_run_with_one_line(pair, broken, folder, tmp_pat
         pytest.skip("only on a CPU is a packed head renewed by apply_model")
     data = write_jsonl(tmp_path / "data.jsonl", [{"problem": f"a={i:02d};a?", "answer": f"{i}"} for i in range(20)])
     run = make_run("grpo", "--model", folder, "--data", data, "--rollout", "transformers", *SMALL)
-    run.sampler, run.model = pair
-    run.hand_over()
-    monkeypatch.setattr(run.sampler.engine, broken, lambda *args, **kwargs: None)
-    change(run.model)
+    run.sampler.engine, run.policy.model = pair
+    run.sampler.hand_over(1, run.train[0])
+    monkeypatch.setattr(run.sampler.engine.engine, broken, lambda *args, **kwargs: None)
+    change(run.policy.model)
     with pytest.raises(SystemExit) as stop:
-        run.hand_over()
+        run.sampler.hand_over(2, run.train[0])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "the sampler is stale" in error
 
@@ -192,14 +190,14 @@ def without_seconds(folder) -> list[dict]:
 
 def test_two_steps_of_luffy_stay_in_step_with_the_trainer(two_steps):
     gaps = [line["sampler_gap"] for line in read_jsonl(two_steps / "metrics.jsonl") if "sampler_gap" in line]
-    assert len(gaps) == 2 and max(gaps) < run.STALE[DEVICE]
+    assert len(gaps) == 2 and max(gaps) < sampling.STALE[DEVICE]
 
 
 def test_the_engine_has_the_positions_of_the_flags(luffy):
     """A stale engine would end the run; one with the model's own 512 positions would refuse the evaluation."""
     folder = luffy("rope", "--steps", "1", "--rope_theta", "400", "--max_positions", "600", "--eval_response", "540")
     gaps = [line["sampler_gap"] for line in read_jsonl(folder / "metrics.jsonl") if "sampler_gap" in line]
-    assert len(gaps) == 1 and gaps[0] < run.STALE[DEVICE]
+    assert len(gaps) == 1 and gaps[0] < sampling.STALE[DEVICE]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels of a GPU need not repeat to the bit")

@@ -7,7 +7,7 @@ nothing is moved off the card but vLLM itself, which sleeps during the update.
 import torch
 import transformers
 
-import common
+from runtime import policy
 
 GIB = 1 << 30
 CARDS = (24, 48, 80)  # GiB, shown where there is no GPU
@@ -31,7 +31,7 @@ def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1) -> di
         "weights cast to bfloat16": 2 * parameters,
         "inputs of the layers": 4 * layers * hidden * micro_tokens,
         "inside one layer": (40 * hidden + 14 * inner) * micro_tokens,
-        "logits of a chunk, gradient of the head": 12 * common.LOGIT_CHUNK * config.vocab_size + 8 * head,
+        "logits of a chunk, gradient of the head": 12 * policy.LOGIT_CHUNK * config.vocab_size + 8 * head,
     }
 
 
@@ -62,7 +62,7 @@ def dry_run(args, script: str, device: torch.device):
     if args.model == "toy":
         print("the toy needs no GPU: a CPU and less than 2 GiB of memory")
         raise SystemExit(0)
-    config = common.load_config(args)
+    config = policy.load_config(args)
     parameters, optimizers = count_parameters(config), 2 if script == "relift" else 1
     estimate = parts(config, parameters, args.micro_tokens, optimizers)
     print(f"{script} on {args.model}, {parameters / 1e6:.0f}M parameters: GiB at the peak of an update")

@@ -4,7 +4,9 @@ import math
 import statistics
 from collections import defaultdict
 
-from verification import NAMES, boxed_answer
+from tqdm import tqdm
+
+from runtime.verification import NAMES, boxed_answer
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -61,3 +63,19 @@ def write_answers(path, step: int, rows, texts: list[str], verdicts: list[int | 
                       "reference": row.problem.answer, "boxed": boxed_answer(text),
                       "verdict": NAMES.get(verdict, "crash"), "tokens": len(row.response), "response": text}
             file.write(json.dumps(answer) + "\n")
+
+
+def evaluate(args, step: int, held_out, sampler, verifier, codec, path) -> dict[str, float]:
+    """Samples and verifies responses to the held-out problems; every answer is appended to `path`.
+
+    Returns accuracy/<slice> and, where a problem has several samples, pass@k/<slice>.
+    """
+    problems = [problem for problem in held_out for _ in range(problem.samples)]
+    rows = sampler.rows(problems, args.eval_response, args.eval_temperature, args.seed)
+    texts, verdicts = verifier.judge(rows, codec)
+    write_answers(path, step, rows, texts, verdicts)
+    summary = summarise(rows)
+    shown = ", ".join(f"{name} {figures['accuracy']:.3f}" for name, figures in summary.items())
+    tqdm.write(table(summary) if args.eval_only else f"step {step}: {shown or 'no problems are held out'}")
+    return {f"{kind}/{name}": value for name, figures in summary.items()
+            for kind, value in figures.items() if kind == "accuracy" or "@" in kind}

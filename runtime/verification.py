@@ -124,6 +124,18 @@ class Verifier:
             return self.verdict(gold, answer)
         return list(self.threads.map(judge, golds, responses))
 
+    def judge(self, rows, codec) -> tuple[list[str], list[int | None]]:
+        """Sets row.reward: 1.0 for a right answer in the box after </think>, else 0.0; 0.0 if it was cut.
+
+        Returns the responses' texts and their verdicts.
+        """
+        texts = [codec.text(row) for row in rows]
+        ended = [text if codec.ended(row) else "" for row, text in zip(rows, texts)]
+        verdicts = self([row.problem.answer for row in rows], ended)
+        for row, verdict in zip(rows, verdicts):
+            row.reward = float(verdict == RIGHT)
+        return texts, verdicts
+
     def close(self):
         self.threads.shutdown()
         while not self.idle.empty():

@@ -4,11 +4,16 @@ Both have two methods. generate(prompts, max_tokens, temperature, seed) takes to
 prompt, the token ids of one response and their log-probs; update(model) hands the trainer's weights over.
 """
 import os
+from importlib.util import find_spec
 
 import torch
 import transformers
 
-from common import fail
+from runtime.flags import Args, fail
+from runtime.policy import Policy, logprobs
+from runtime.rows import Problem, Row, collate
+
+STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
 
 
 class Recorder(transformers.LogitsProcessor):
@@ -117,3 +122,42 @@ class VLLMSampler:
         if self.on_cpu:  # whose kernels read a packed copy of the head, stale where the head is the embedding
             self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         self.engine.reset_prefix_cache()  # keys and values of the old weights
+
+
+class Sampler:
+    """The engine that samples, and the check that it samples from the policy that is trained."""
+
+    def __init__(self, args: Args, policy: Policy):
+        self.args, self.policy, engine = args, policy, args.rollout
+        if engine == "auto":
+            engine = "vllm" if policy.device.type == "cuda" and find_spec("vllm") else "transformers"
+        if engine == "vllm":
+            length = args.max_prompt + max(args.max_response, args.eval_response)
+            self.engine = VLLMSampler(policy.model, policy.tokenizer, length, args.gpu_memory_utilization)
+        else:
+            self.engine = TransformersSampler(policy.model, policy.tokenizer)
+
+    def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int) -> list[Row]:
+        """One response to each problem, of at most max_tokens tokens, EOS included."""
+        if not problems:
+            return []
+        prompts = [problem.prompt for problem in problems]
+        responses = self.engine.generate(prompts, max_tokens, temperature, seed)
+        return [Row(problem, *response) for problem, response in zip(problems, responses)]
+
+    @torch.no_grad()
+    def hand_over(self, step: int, problem: Problem):
+        """Gives the engine the weights and has responses scored by both: a gap between them ends the run."""
+        self.engine.update(self.policy.model)
+        if isinstance(self.engine, TransformersSampler) and step:
+            return  # it samples with the trainer's own weights: once is enough
+        rows = self.rows([problem] * 8, min(32, self.args.max_response), 1.0, self.args.seed)
+        batch = collate(rows, self.policy.device)
+        logp, _ = logprobs(self.policy.model.eval(), batch, 1.0)
+        sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
+        limit = STALE[self.policy.device.type]
+        gap = float((logp[batch.mask].cpu() - sampler_logp).abs().mean())
+        if not gap <= limit:  # nan is a gap too
+            fail("the sampler is stale, or the model does more after its head (caps or scales logits) than "
+                 f"runtime/policy.py knows: after step {step}'s hand-over its log-probs are {gap:.2g} nats a "
+                 f"token from the trainer's, more than {limit}")

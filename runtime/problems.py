@@ -3,13 +3,15 @@ import json
 import random
 import re
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
 import jinja2
 
-from common import Args, Problem, check, fail
-from verification import RIGHT
+from runtime.flags import Args, check, fail
+from runtime.rows import Problem
+from runtime.verification import RIGHT
 
 SYSTEM = ("Think step by step before you answer. Write your thinking between <think> and </think>, "
           "and after it the final answer in \\boxed{}.")
@@ -18,7 +20,7 @@ SYSTEM = ("Think step by step before you answer. Write your thinking between <th
 def read_rows(source: str, held_out: bool = False) -> list[dict]:
     """The rows of the toy, of a Hub dataset (held-out ones of its split `test`) or of a local file."""
     if source in ("toy", "toy:easy"):
-        import toy
+        from runtime import toy
         return [row for row in toy.make_rows()[held_out] if source == "toy" or row["data_source"] == "easy"]
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     path = Path(source)
@@ -177,3 +179,20 @@ def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
     if shared:
         print(f"{args.data}: {len(shared)} of the {len(held_out)} held-out problems are trained on too")
     return problems, held_out
+
+
+@lru_cache(maxsize=8)
+def epoch_order(seed: str, size: int) -> list[int]:
+    return random.Random(seed).sample(range(size), size)
+
+
+def draw(problems: list[Problem], stream: str, start: int, count: int) -> list[Problem]:
+    """Problems start, start + 1, ... of a stream, which goes through all of them in a new order every epoch.
+
+    Streams of different names, which have the seed in them, are independent of each other.
+    """
+    size, drawn = len(problems), []
+    for number in range(start, start + count):
+        order = epoch_order(f"{stream} {number // size}", size)
+        drawn.append(problems[order[number % size]])
+    return drawn

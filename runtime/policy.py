@@ -1,0 +1,199 @@
+"""The policy: loading the model, log-probs of response tokens, optimisers, and writing the model out."""
+import torch
+import torch.nn.functional as F
+import transformers
+
+from runtime.flags import Args, fail
+from runtime.rows import Batch
+
+LOGIT_CHUNK = 256  # tokens whose logits are held at once
+PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+
+
+# --------------------------------------------------------------------------------------------- the model
+def choose_device(args: Args) -> torch.device:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch sees no CUDA device")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_config(args: Args):
+    """The model's config with --rope_theta and --max_positions, in which prompts and responses fit."""
+    path = args.model
+    if path == "toy":
+        from runtime import toy
+        path = toy.base_model()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model} cannot be loaded: {error}")
+    if args.rope_theta:
+        if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+            fail(f"--rope_theta: {args.model} has no such setting")
+        config.rope_parameters = config.rope_parameters | {"rope_theta": args.rope_theta}
+    config.max_position_embeddings = args.max_positions or config.max_position_embeddings
+    for name in ("max_response", "eval_response"):
+        if args.max_prompt + getattr(args, name) > config.max_position_embeddings:
+            fail(f"--max_prompt {args.max_prompt} and --{name} {getattr(args, name)} are more than the "
+                 f"{config.max_position_embeddings} positions of {args.model}: lower one of them, or see "
+                 "--rope_theta and --max_positions")
+    return config
+
+
+def load_model(args: Args, device: torch.device):
+    """The model, with float32 master weights (lr 1e-6 rounds to nothing in bfloat16), and its tokenizer."""
+    config = load_config(args)
+    path = config.name_or_path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model} cannot be loaded: {error}")
+    model.to(device)
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {args.model}: its tokenizer has no EOS token, so no response could end")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # trainer and sampler must agree
+    if device.type == "cuda":
+        model.gradient_checkpointing_enable()
+    return model, tokenizer
+
+
+# ----------------------------------------------------------------------------------- log-probs and entropy
+class TokenLogprobs(torch.autograd.Function):
+    """log p of targets and entropy H, without keeping logits z: backward recomputes them.
+
+    F.linear_cross_entropy computes gradients in its forward pass: weights of tokens must be known before
+    their log-probs are, and importance ratios are not. It has no entropy either.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, entropy):
+        logp, h, lse = [], [], []
+        for x, y in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):
+            z = F.linear(x, weight, bias)                                 # (chunk, V)
+            z = z.to(torch.promote_types(z.dtype, torch.float32)).div_(temperature)
+            lse.append(z.logsumexp(dim=-1))
+            logp.append(z.gather(1, y[:, None])[:, 0] - lse[-1])          # log p = z_y - lse(z)
+            p_z = (z - lse[-1][:, None]).exp_().mul_(z).sum(dim=-1) if entropy else lse[-1]
+            h.append(lse[-1] - p_z)                                       # H = lse(z) - Σ p z
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lse), torch.cat(h))
+        ctx.temperature, ctx.entropy = temperature, entropy
+        return torch.cat(logp), torch.cat(h)
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_h):
+        hidden, weight, bias, *rows = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        weight, bias = [part if part is None else part.to(hidden.dtype) for part in (weight, bias)]
+        parts = zip(*(part.split(LOGIT_CHUNK) for part in (hidden, *rows, grad_logp, grad_h)))
+        for x, y, lse, h, g, g_h in parts:
+            z = F.linear(x, weight, bias)
+            z = z.to(lse.dtype).div_(ctx.temperature).sub_(lse[:, None])  # log p of every word
+            p = z.exp() if ctx.entropy else z.exp_()
+            if ctx.entropy:
+                d = z.add_(h[:, None]).mul_(-g_h[:, None]).sub_(g[:, None]).mul_(p)   # dH/dz = -p (log p + H)
+            else:
+                d = p.mul_(-g[:, None])                                   # d log p_y / dz = 1[y] - p
+            d.scatter_add_(1, y[:, None], g[:, None])
+            d = d.div_(ctx.temperature).to(weight.dtype)
+            grad_hidden.append(d @ weight)
+            if grad_weight.dtype == d.dtype:
+                grad_weight.addmm_(d.T, x)
+            else:
+                grad_weight += d.T @ x
+            if bias is not None:
+                grad_bias += d.sum(dim=0, dtype=grad_bias.dtype)
+        return torch.cat(grad_hidden), grad_weight, grad_bias, None, None, None
+
+
+def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entropy: bool = False):
+    """Log-prob of each target token and entropy of its distribution at the sampling temperature, in nats.
+
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) ids. Returns two (N,) tensors with gradient,
+    the second of zeros without `entropy`. No more than LOGIT_CHUNK x V logits exist at a time.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return TokenLogprobs.apply(hidden, weight, bias, targets, temperature, entropy)
+
+
+def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
+    """Log-probs of response tokens and entropy (zeros without `entropy`), both (B, T); 0 outside the mask."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        # Without a mask, which flash kernels do not take: padding is on the right, where no token looks.
+        output = model.base_model(input_ids=batch.tokens, use_cache=False)
+        row, _ = batch.mask.nonzero(as_tuple=True)            # (N,) for the N tokens in the mask
+        position = batch.positions[batch.mask]                # (N,)
+        hidden = output.last_hidden_state[row, position - 1]  # (N, H): what predicts them
+        targets, head = batch.tokens[row, position], model.get_output_embeddings()
+        flat = token_logprobs(hidden, head.weight, head.bias, targets, temperature, entropy)
+    zeros = torch.zeros(batch.mask.shape, dtype=flat[0].dtype, device=model.device)
+    return tuple(zeros.masked_scatter(batch.mask, part) for part in flat)
+
+
+# -------------------------------------------------------------------------------------------- the policy
+class Policy:
+    """The model that is trained, its tokenizer and its optimisers."""
+
+    def __init__(self, args: Args, device: torch.device):
+        self.args, self.device = args, device
+        self.model, self.tokenizer = load_model(args, device)
+        self.updates = 0       # optimiser steps so far
+        self.optimizers = {}   # by name: each has moments of its own over the same parameters
+        self.saved_moments = {}
+
+    def logprobs(self, batch: Batch, entropy: bool):
+        """Log-probs and entropy (B, T), both at the sampling temperature."""
+        return logprobs(self.model, batch, self.args.temperature, entropy)
+
+    def optimizer(self, name: str) -> torch.optim.Optimizer:
+        """The AdamW of this name, made at its first step, with the moments that a checkpoint had for it."""
+        if name not in self.optimizers:
+            args = self.args
+            optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
+                                          weight_decay=args.weight_decay)
+            if name in self.saved_moments:
+                optimizer.load_state_dict(self.saved_moments.pop(name))
+            self.optimizers[name] = optimizer
+        return self.optimizers[name]
+
+    def step(self, name: str, max_grad_norm: float) -> torch.Tensor:
+        """Scales the gradient down to max_grad_norm and takes a step with it; returns its norm before that.
+
+        No step is taken with a norm that is not finite.
+        """
+        for parameter in self.model.parameters():
+            if parameter.grad is None:  # no row had an advantage: the step is taken with a gradient of 0
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        optimizer = self.optimizer(name)
+        self.updates += 1
+        for group in optimizer.param_groups:
+            group["lr"] = self.args.lr * min(1.0, self.updates / max(1, self.args.warmup))
+        if norm.isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        moments = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"updates": self.updates, "model": self.model.state_dict(),
+                "optimizers": self.saved_moments | moments}
+
+    def load(self, state: dict):
+        self.model.load_state_dict(state["model"])
+        self.updates, self.saved_moments = state["updates"], state["optimizers"]
+
+    def save(self, folder):
+        """Model and tokenizer in Hugging Face format."""
+        self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

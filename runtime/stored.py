@@ -1,0 +1,78 @@
+"""Rows that are kept: demonstrations, as rows and as a stream; rows in a checkpoint and in a file."""
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.flags import fail
+from runtime.problems import draw
+from runtime.rows import Codec, Problem, Row
+
+
+class Demonstrations:
+    """The demonstrations of the training data as rows."""
+
+    def __init__(self, args, problems: list[Problem], codec: Codec, state: dict, log):
+        self.args, self.problems, self.codec, self.state, self.log = args, problems, codec, state, log
+
+    def of(self, problem: Problem) -> Row | None:
+        """A problem's demonstration with EOS; None without one or, counted, if it has more than L tokens."""
+        if not problem.demonstration:
+            return None
+        response = self.codec.encode(problem, problem.demonstration)
+        fits = len(response) <= self.args.max_response
+        self.log("demonstrations/left_out", not fits, 0)
+        return Row(problem, response, is_demo=True) if fits else None
+
+    def next(self, count: int) -> list[Row]:
+        """The next `count` of a stream of their own, in the seed's order, without those that do not fit."""
+        rows, start = [], self.state.get("drawn", 0)
+        self.state["drawn"] = start
+        while len(rows) < count:
+            drawn = draw(self.problems, f"{self.args.seed} experts", self.state["drawn"], 1)
+            rows += filter(None, map(self.of, drawn))
+            self.state["drawn"] += 1
+            if not rows and self.state["drawn"] - start > 2 * len(self.problems):
+                fail(f"{self.args.data}: no demonstration fits in --max_response {self.args.max_response}")
+        for row in rows:
+            row.advantage = 1.0  # imitated, not compared: rows of advantage 0 are left out of micro-batches
+        return rows
+
+
+class KeptRows:
+    """Rows that outlive their step: they go into every checkpoint and, if asked, to a file and back."""
+
+    def __init__(self, problems: list[Problem], codec: Codec, state: dict, path: Path):
+        self.problems, self.codec, self.state, self.path = problems, codec, state, path
+
+    def keep(self, rows: list[Row]):
+        """In place of those that were kept before."""
+        self.state["kept"] = [vars(row) | {"problem": row.problem.index} for row in rows]
+
+    def rows(self) -> list[Row]:
+        """Those that are kept, also after --resume; empty if there are none."""
+        problems = {problem.index: problem for problem in self.problems}
+        return [Row(**values | {"problem": problems[values["problem"]]})
+                for values in self.state.get("kept", [])]
+
+    def save(self, rows: list[Row]):
+        """Appends responses, with problem and answer, to the file; those that were cut are left out."""
+        ended = [row for row in rows if self.codec.ended(row)]
+        with open(self.path, "a", encoding="utf-8") as file:
+            for row in ended:
+                kept = {"answer": row.problem.answer, "response": self.codec.text(row)}
+                file.write(json.dumps({"problem": row.problem.text} | row.problem.row | kept) + "\n")
+        tqdm.write(f"saved {len(ended)} of {len(rows)} responses in {self.path}; the others were cut")
+
+    def read(self, source: str, max_response: int) -> list[Row]:
+        """Rows of the responses that the training data, from the file `source`, have; those that fit."""
+        if "response" not in self.problems[0].row:
+            fail(f"--offline {source}: it has no column `response`")
+        rows = [Row(problem, self.codec.encode(problem, problem.row["response"]))
+                for problem in self.problems if isinstance(problem.row["response"], str)]
+        fitting = [row for row in rows if len(row.response) <= max_response]
+        print(f"{source}: left out {len(self.problems) - len(rows)} rows without a response and "
+              f"{len(rows) - len(fitting)} responses of more than {max_response} tokens")
+        if not fitting:
+            fail(f"--offline {source}: no response can be used")
+        return fitting
