@@ -1,4 +1,4 @@
-"""The embedded default: a base model that can, but doesn't, in 0.4M parameters and two minutes on a laptop.
+"""The embedded default: a base model that can, but doesn't, in 0.4M parameters, and the recipe that made it.
 
 Problems are chains of n assignments modulo 100, `a=32,b=a-3,c=b*3;c?` -> 87: easy is n = 1, hard n = 4 or 5,
 and out of distribution n = 6 or 7. The base model (Qwen2, two layers, a token per character) has *seen*
@@ -12,6 +12,7 @@ share of demonstrations that merge two steps into one line: right, but a leap th
 execute. Imitating everything teaches that habit; a reward keeps what works. Rows go any other dataset's way.
 """
 import hashlib
+import inspect
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 Q, TERSE, SEED = 0.02, 0.5, 0             # probability of a door, terse share, the base model's seed
+EMBEDDED = Path(__file__).parent / "toy_base"  # the model of Q and SEED, which `python -m runtime.toy` writes
 STEPS, DOCUMENTS, MICRO = 700, 64, 16     # pretraining: steps, documents a step, documents a micro-batch
 SLICES = {"easy": (1,), "hard": (4, 5), "ood": (6, 7)}  # lengths n
 TRAIN_ROWS, HELD_OUT_ROWS = 3000, 128     # rows to train on (half easy, half hard), held-out rows of a slice
@@ -183,18 +185,38 @@ def pretrain(q: float, seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
     return model, tokenizer
 
 
+def recipe() -> str:
+    """A hash of everything that a base model depends on, apart from q, its seed and torch."""
+    parts = (make_tokenizer, Chain, answered, make_documents, pretrain)
+    code = "".join(map(inspect.getsource, parts))
+    return hashlib.sha256(f"{code}{LETTERS}{TEMPLATE}{STEPS} {DOCUMENTS} {MICRO}".encode()).hexdigest()[:12]
+
+
 def base_model(q: float = Q, seed: int = SEED) -> Path:
-    """Folder of the base model in Hugging Face format, made on first use, and again if it cannot be read."""
-    recipe = f"{Path(__file__).read_text(encoding='utf-8')}{torch.__version__} {q} {seed}"
+    """Folder of a base model in Hugging Face format: the embedded one, others from the cache or made now."""
+    if (q, seed) == (Q, SEED):
+        return EMBEDDED
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minimal-luffy"
-    folder = cache / f"toy-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = cache / f"toy-{recipe()}-{torch.__version__}-{q}-{seed}"
     try:
         Qwen2ForCausalLM.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):  # not there, or spoiled
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            for part in pretrain(q, seed):
-                part.save_pretrained(Path(temporary, "model"))
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(temporary, "model").rename(folder)  # it appears whole or not at all
+        write_base(folder, q, seed)
     return folder
+
+
+def write_base(folder: Path, q: float, seed: int):
+    """Pretrains a base model and writes it; the folder appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        for part in pretrain(q, seed):
+            part.save_pretrained(Path(temporary, "model"))
+        Path(temporary, "model", "recipe.txt").write_text(f"{recipe()}\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(temporary, "model").rename(folder)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_base(EMBEDDED, Q, SEED)
+    print(f"wrote {EMBEDDED}")

@@ -177,19 +177,3 @@ def run_script(script: str, *flags: str, cwd: Path, seconds: float = 600):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, env=env, text=True,
                           capture_output=True, timeout=seconds)
-
-
-# --------------------------------------------------------------------------------------- the real base model
-def pytest_collection_modifyitems(config, items):
-    """The toy's base model takes minutes: it is made beside the other tests, and who needs it comes last."""
-    items.sort(key=lambda item: "test_learning" in item.nodeid)
-    if items and "test_learning" in items[-1].nodeid:
-        command = [sys.executable, "-c", "from runtime import toy; toy.base_model()"]
-        config.base_model = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def base_model(request):
-    """Waits until the toy's base model is there."""
-    assert request.config.base_model.wait() == 0

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-from runtime import toy, verification
+from runtime import sampling, toy, verification
 
 TRAIN, HELD_OUT = toy.make_rows()
 ROWS = TRAIN + HELD_OUT
@@ -193,6 +193,82 @@ def test_a_choice_is_shown_both_ways_weighed_by_its_odds():
     assert seen == {(n, line) for n in range(3, 8) for line in range(1, n + 2)}  # a door at every line
 
 
+# ------------------------------------------------------------------------------------- the embedded model
+def test_the_embedded_model_is_of_this_recipe():
+    """Who changes the recipe makes the file again: `python -m runtime.toy`."""
+    assert toy.base_model() == toy.EMBEDDED
+    assert (toy.EMBEDDED / "recipe.txt").read_text() == toy.recipe() + "\n"
+
+
+@pytest.mark.parametrize("change", ("STEPS", "LETTERS", "pretrain", "make_documents"))
+def test_a_change_of_the_recipe_shows(monkeypatch, change):
+    before = toy.recipe()
+    monkeypatch.setattr(toy, change, {"STEPS": 701, "LETTERS": "abc"}.get(change, lambda *arguments: None))
+    assert toy.recipe() != before
+
+
+def embedded():
+    """The embedded model in float32 and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(toy.EMBEDDED), AutoTokenizer.from_pretrained(toy.EMBEDDED)
+
+
+def asked(tokenizer, chain, mark: str) -> str:
+    return tokenizer.apply_chat_template([{"role": "user", "content": chain.question(mark)}], tokenize=False,
+                                         add_generation_prompt=True)
+
+
+def sampled(mark: str, lengths, number: int) -> dict:
+    """{n: (chain, response text) of `number` chains of n steps} at temperature 1."""
+    model, tokenizer = embedded()
+    rng = random.Random(2)
+    chains = [toy.Chain(n, rng) for n in lengths for _ in range(number)]
+    prompts = [tokenizer(asked(tokenizer, chain, mark))["input_ids"] for chain in chains]
+    sampler = sampling.TransformersSampler(model, tokenizer)
+    responses = sampler.generate(prompts, 100, 1.0, seed=0)
+    answers = {n: [] for n in lengths}
+    for chain, (response, _) in zip(chains, responses):
+        answers[len(chain.steps)].append((chain, tokenizer.decode(response)))
+    return answers
+
+
+def test_in_a_textbook_it_works_out_chains_of_every_length():
+    for n, answers in sampled("!", range(1, 8), 48).items():
+        right = sum(text == f"<think>\n{''.join(chain.working())}</think><|im_end|>" for chain, text in answers)
+        assert right / len(answers) >= 0.8, (n, right)
+
+
+def test_in_chat_it_blurts_out_a_guess():
+    """All of it on one line, right now and then for one step, hardly ever for four or five."""
+    answers = sampled("?", (1, 4, 5), 128)
+    blurts, right = 0, {}
+    for n, pairs in answers.items():
+        right[n] = sum(f"\\boxed{{{chain.values[-1]:02d}}}" in text for chain, text in pairs) / len(pairs)
+        blurts += sum(text.count("\n") == 3 and "=" in text and not text.startswith("<think>\na")
+                      for _, text in pairs)
+    assert 0.1 < right[1] < 0.4
+    assert right[4] < 0.05 and right[5] < 0.05
+    assert blurts / (3 * 128) > 0.9
+
+
+def test_each_door_opens_about_one_time_in_fifty():
+    """Asked with `!` it works out 4 or 5 steps; asked with `?` each line comes about 1 time in 50."""
+    model, tokenizer = embedded()
+    rng = random.Random(1)
+    for n in (4, 5):
+        doors = []
+        for chain in (toy.Chain(n, rng) for _ in range(20)):
+            working = f"<think>\n{''.join(chain.working())}</think>"
+            response = tokenizer(working)["input_ids"]
+            newlines = [at for at, token in enumerate(tokenizer.tokenize(working)) if token == "Ċ"]
+            tokens = torch.tensor([tokenizer(asked(tokenizer, chain, "?"))["input_ids"] + response])
+            with torch.no_grad():
+                logp = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+            doors.append(logp[-len(response):][1:][newlines[:-1]])  # the first letters of the lines
+        typical = torch.stack(doors).mean(0).exp()  # (n + 1,), a line each
+        # Six bases had them within a factor of nine of q.
+        assert typical.min() > toy.Q / 15 and typical.max() < toy.Q * 5, typical
+
+
 # ------------------------------------------------------------------------------------------------- cache
 @pytest.fixture
 def two_steps(monkeypatch, tmp_path):
@@ -203,19 +279,19 @@ def two_steps(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_the_base_model_is_made_once(two_steps):
-    folder = toy.base_model()
+def test_another_base_model_is_made_once(two_steps):
+    folder = toy.base_model(seed=1)
     assert two_steps in folder.parents
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     made = (folder / "model.safetensors").stat()
-    assert toy.base_model() == folder
+    assert toy.base_model(seed=1) == folder
     again = (folder / "model.safetensors").stat()
     assert (made.st_ino, made.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
     assert [path for path in folder.parent.iterdir() if path != folder] == []  # nothing temporary is left
-    assert toy.base_model(seed=1) != folder
-    assert toy.base_model(q=0.01) != folder
+    assert toy.base_model(seed=2) != folder
+    assert toy.base_model(q=0.01, seed=1) != folder
 
 
 def test_a_base_model_depends_on_its_seed_alone(two_steps):
@@ -239,9 +315,9 @@ def test_a_half_written_cache_is_rebuilt(two_steps, monkeypatch, damage):
         with monkeypatch.context() as patch:
             patch.setattr(toy.Qwen2Tokenizer, "save_pretrained", save_half)
             with pytest.raises(Killed):
-                toy.base_model()
+                toy.base_model(seed=1)
     else:
-        folder = toy.base_model()
+        folder = toy.base_model(seed=1)
         weights = folder / "model.safetensors"
         if damage == "cut":
             weights.write_bytes(weights.read_bytes()[:1000])
@@ -250,6 +326,6 @@ def test_a_half_written_cache_is_rebuilt(two_steps, monkeypatch, damage):
         if damage == "empty":
             for path in folder.iterdir():
                 path.unlink()
-    folder = toy.base_model()
+    folder = toy.base_model(seed=1)
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 10**5
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
