@@ -1,4 +1,6 @@
 """The policy: loading the model, log-probs of response tokens, optimisers, and writing the model out."""
+import os
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -7,6 +9,7 @@ from runtime.flags import Args, fail
 from runtime.rows import Batch
 
 LOGIT_CHUNK = 256  # tokens whose logits are held at once
+SMALL = 5_000_000  # parameters up to which a CPU is faster with one thread, see bench/threads.py
 PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
@@ -145,9 +148,15 @@ class Policy:
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device = args, device
         self.model, self.tokenizer = load_model(args, device)
+        if device.type == "cpu" and self.size() <= SMALL and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # two wait for each other, for ever when another process has a core
         self.updates = 0       # optimiser steps so far
         self.optimizers = {}   # by name: each has moments of its own over the same parameters
         self.saved_moments = {}
+
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def logprobs(self, batch: Batch, entropy: bool):
         """Log-probs and entropy (B, T), both at the sampling temperature."""

@@ -152,9 +152,8 @@ class Record:
     def announce(self, policy, train: list, held_out: list, plan: str):
         """Says what the run will do, and shows a rendered prompt and its demonstration."""
         args, example = self.args, (train or held_out)[0]
-        size = sum(parameter.numel() for parameter in policy.model.parameters())
         demonstrated = sum(bool(problem.demonstration) for problem in train)
-        print(f"{self.script} on {policy.device}: {args.model}, {size / 1e6:.1f}M parameters; {self.folder}/")
+        print(f"{self.script} on {policy.device}: {args.model}, {policy.size() / 1e6:.1f}M parameters; {self.folder}/")
         if not args.eval_only:
             print(f"{len(train)} problems from {args.data}, {demonstrated} of them with a demonstration; "
                   f"{len(held_out)} held out")
