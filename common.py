@@ -40,13 +40,16 @@ logprobs() gives their log-probs in the same shape. While the policy is what it 
 import random
 from collections import defaultdict
 
+from runtime.flags import Args, fail, flag, parse, parse_early
+
+parse_early()  # the other imports take seconds
+
 import datasets
 import torch
 import transformers
 
 from runtime import memory
 from runtime.evaluation import evaluate
-from runtime.flags import Args, fail, flag, parse
 from runtime.policy import Policy, choose_device
 from runtime.problems import draw, load_data, read_data
 from runtime.record import Record

@@ -49,9 +49,8 @@ On a GPU:               python relift.py --model Qwen/Qwen2.5-Math-1.5B
 from collections import defaultdict
 from dataclasses import dataclass
 
+import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-
-import common
 from common import Row, Run, flag
 from grpo import group_advantages
 

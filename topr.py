@@ -54,9 +54,8 @@ import math
 import random
 from dataclasses import dataclass
 
+import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-
-import common
 from common import Row, Run, flag
 
 

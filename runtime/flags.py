@@ -1,11 +1,14 @@
 """Flags: what all scripts share, in groups; how they are read; and how a mistake ends in one clear line."""
 import argparse
+import ast
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
+ROOT = Path(__file__).parent.parent
 GROUPS = {  # of --help; every flag stands in one, a method's own in the last
     "model and data": "model data eval_data system prompt_end max_prompt rope_theta max_positions",
     "batch": "steps prompts n updates max_response",
@@ -156,6 +159,23 @@ def parse(cls, doc: str) -> Args:
         if f.name in given and not_with and holds(args, not_with):
             fail(f"--{f.name} does nothing with --{not_with.replace('=', ' ')}: leave it out")
     return args
+
+
+def parse_early():
+    """Reads the flags of the script that is run before it imports torch: --help or a typo wait for nothing.
+
+    Its class Args is taken from its source; main() parses again.
+    """
+    script = Path(sys.argv[0]).resolve()
+    if script.suffix != ".py" or not script.is_relative_to(ROOT) or not script.is_file():
+        return
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    if not any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in tree.body):
+        return  # no method: a bench, a test
+    needed = [node for node in tree.body if isinstance(node, (ast.Assign, ast.ClassDef))]
+    names = {"common": SimpleNamespace(Args=Args), "dataclass": dataclass, "flag": flag}
+    exec(compile(ast.Module(needed, []), str(script), "exec"), names)
+    parse(names["Args"], ast.get_docstring(tree))
 
 
 def holds(args, condition: str) -> bool:

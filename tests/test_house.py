@@ -144,3 +144,14 @@ def test_the_verifiers_processes_import_nothing_heavy():
              for node in ast.walk(ast.parse((ROOT / "runtime" / "verification.py").read_text()))
              if isinstance(node, (ast.Import, ast.ImportFrom))}
     assert not {"torch", "transformers", "datasets", "tqdm"} & {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags, code", ((["--help"], 0), (["--modle", "toy"], 2), (["--n", "0"], 2)))
+def test_help_and_a_typo_wait_for_no_heavy_import(script, flags, code, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), *flags]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == code
+    modules = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "|" in line}
+    assert "argparse" in modules
+    assert not {"torch", "transformers", "datasets"} & modules

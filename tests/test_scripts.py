@@ -3,6 +3,7 @@ import ast
 import difflib
 import json
 import math
+import re
 from dataclasses import fields
 
 import pytest
@@ -70,6 +71,9 @@ def test_two_steps_in_an_empty_folder(script, tiny_model, tmp_path):
     assert METRICS | MIXED.get(script, set()) <= lines[1].keys() | lines[2].keys()
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[1]["sampler_gap"] < 1e-5
+    documented = re.findall(r"`([^`]+)`", (ROOT / "docs" / "metrics.md").read_text())
+    for name in (lines[1].keys() | lines[2].keys()) - {"step"}:
+        assert name.replace(name.partition("/")[2], "<slice>") in documented or name in documented, name
 
     samples = read_jsonl(folder / "samples.jsonl")
     assert samples and all({"step", "prompt", "response", "reward"} <= sample.keys() for sample in samples)
