@@ -155,6 +155,16 @@ def test_micro_batches_hold_every_row_once_and_keep_the_budget(micro_tokens):
         assert len(part) == 1 or collate(part, "cpu").tokens.numel() <= micro_tokens
 
 
+@pytest.mark.parametrize("number, micro_tokens, scale", ((512, 16384, 600), (64, 16384, 600), (128, 2048, 30)))
+def test_padding_costs_little_on_lengths_of_every_size(number, micro_tokens, scale):
+    """Log-normal lengths, sigma 1: few responses are many times longer than most."""
+    rng = random.Random(0)
+    rows = [Row(SimpleNamespace(prompt=[0] * 20), [0] * max(1, round(scale * rng.lognormvariate(0, 1))))
+            for _ in range(number)]
+    padded = sum(collate(part, "cpu").tokens.numel() for part in micro_batches(rows, micro_tokens))
+    assert padded / sum(20 + len(row.response) for row in rows) <= 1.15
+
+
 def test_rows_without_advantage_are_left_out_and_not_missed(make_run, tiny_model, coin_data):
     run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL)
     rows = random_rows(run.policy.tokenizer)
