@@ -163,7 +163,7 @@ class Run:
 
         By the trainer and not by the sampler, whose rounding differs; the difference is logged (sampler_gap).
         """
-        with self.record.timer("update"):
+        with self.record.timer("scoring"):
             self.policy.model.eval()
             for part in micro_batches(rows, self.args.micro_tokens):
                 logp, entropy = self.policy.logprobs(collate(part, self.device), entropy=True)

@@ -83,7 +83,7 @@ def run_ours(model: str, steps: int):
     responses = args["prompts"] * args["n"]
     write_figures("ours", begins, [
         {"tokens": step["response/length"] * responses, "responses": responses,
-         "right": step["reward"] * responses, "scoring": step.get("seconds/scoring", 0.0),
+         "right": step["reward"] * responses, "scoring": step["seconds/scoring"],
          "rollout": step["seconds/rollout"], "verification": step["seconds/verification"]}
         for step in metrics if step["step"] > 0])
 

@@ -15,7 +15,7 @@ import common
 # What metrics.jsonl holds, whatever the method ...
 METRICS = {"reward", "groups/all_right", "groups/all_wrong", "response/length", "response/cut", "entropy",
            "gradient_norm", "sampler_gap", "verifier/no_box", "verifier/unparsed", "verifier/timeouts",
-           "verifier/crashes", "seconds/rollout", "seconds/verification", "seconds/update"}
+           "verifier/crashes", "seconds/rollout", "seconds/verification", "seconds/scoring", "seconds/update"}
 # ... and where demonstrations stand among the rollouts.
 MIXED = {"luffy": {"demonstrations/probability", "demonstrations/left_out", "reward/demonstrations",
                    "loss/on_policy", "loss/off_policy"}}
