@@ -84,7 +84,13 @@ class Args(common.Args):
 
 # ---------------------------------------------------------------------------------------------- the loss
 def mu_schedule(step: int, peak: float, valley: float, warmup: int, decay: int) -> float:
-    """mu of a step, counted from 0: linear warm-up, half a cosine from peak to valley, then valley."""
+    """μ of a step, counted from 0, by arXiv:2508.11408: up, down and constant.
+
+    Linear from 0 to `peak` in `warmup` steps, half a cosine down to `valley` in `decay` steps, then `valley`.
+
+    >>> [round(mu_schedule(step, 0.9, 0.1, warmup=2, decay=4), 4) for step in (0, 1, 2, 4, 6, 7)]
+    [0.0, 0.45, 0.9, 0.5, 0.1, 0.1]
+    """
     if step < warmup:
         return step / warmup * peak
     if step < warmup + decay:
@@ -94,36 +100,59 @@ def mu_schedule(step: int, peak: float, valley: float, warmup: int, decay: int) 
 
 def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout_tokens=None,
                demo_tokens=None, clip_low=0.2, clip_high=0.2):
-    """L of the formula at the top: arXiv:2508.11408, eq. 3; with phi eq. 6 in it.
+    """CHORD's loss, GRPO on rollouts beside fine-tuning on demonstrations: arXiv:2508.11408, eq. 3 and 6.
+
+        loss = (1 - μ)/N_r Σ_i Σ_t max(-A_i r_it, -A_i clip(r_it, 1 - ε_low, 1 + ε_high))  over rollouts
+                                   (4) (2)        (3)            (1) r = π / π_old
+             +      μ /N_d Σ_i Σ_t -φ_it log π(y_it)                                       over demonstrations
+                                   (6) (5) φ = 1, or π(y_it) (1 - π(y_it)) as a constant
 
     logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled
         (old_logp of demonstration tokens is not read).
-    advantages (B,), of demonstrations not read. mask (B, T): 1 on response tokens up to and including EOS.
-    is_demo (B,): true on demonstrations. mu: weight of imitation. phi: weigh its tokens by p (1 - p).
-    rollout_tokens, demo_tokens: N_r and N_d of the *whole* optimiser step: then the losses of its
-        micro-batches add up. By default those of these tensors.
-    Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
+    advantages (B,), (B, 1) or (B, T): A, of demonstrations not read. mask (B, T), any dtype: 1 on response
+        tokens up to and including EOS, else 0; what stands where it is 0 is not read. Half precision is
+        computed in float32.
+    is_demo (B,), (B, 1) or (B, T), any dtype: 1 on demonstrations. mu: μ, the weight of imitation.
+    phi: weigh its tokens by p (1 - p), p = π(y_it); else by 1. clip_low, clip_high: ε_low and ε_high.
+    rollout_tokens, demo_tokens: N_r and N_d, their tokens in the *whole* optimiser step, over all
+        micro-batches and processes. Then the losses of micro-batches add up. By default those of these
+        tensors.
+    Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+
+    >>> logp = torch.tensor([[0.5], [0.5]]).log()
+    >>> rows = logp, logp, torch.tensor([2.0, 0.0]), torch.ones(2, 1), torch.tensor([False, True])
+    >>> loss, _ = chord_loss(*rows, mu=0.25)                # r = 1, log 0.5 = -0.6931
+    >>> round(loss.item(), 4)                               # 0.75 * -2 + 0.25 * 0.6931
+    -1.3267
+    >>> round(chord_loss(*rows, mu=1, phi=True)[0].item(), 4)     # 0.5 * 0.5 * 0.6931
+    0.1733
     """
-    demo = mask.bool() & is_demo.bool()[:, None]                                   # (B, T)
-    mask = mask.bool() & ~demo
-    rollout_tokens = mask.sum().clamp(min=1) if rollout_tokens is None else max(1, rollout_tokens)
-    demo_tokens = demo.sum().clamp(min=1) if demo_tokens is None else max(1, demo_tokens)
-    advantages = torch.where(is_demo.bool(), 0.0, advantages)[:, None]             # (B, 1)
-    log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()                                                        # (1) r
-    unclipped = -advantages * ratio                                                # (2) -r A
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -clip(r) A
-    token_loss = torch.maximum(unclipped, clipped) * mask                          # (4) -min(r A, clip(r) A)
+    mask = mask.bool()
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    demo = mask & is_demo.bool().reshape(len(mask), -1)                            # (B, T)
+    on_policy = mask & ~demo
+    count = on_policy.sum()
+    rollout_tokens = count if rollout_tokens is None else rollout_tokens
+    demo_tokens = demo.sum() if demo_tokens is None else demo_tokens
+    advantages = torch.where(on_policy, advantages.reshape(len(mask), -1), 0.0)    # (B, T)
+    log_ratio = torch.where(on_policy, logp - old_logp, 0.0)
+    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
+    unclipped = -advantages * ratio                                                # (2) -A r
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -A clip(r)
+    token_loss = torch.maximum(unclipped, clipped)                                 # (4) the larger loss
     log_p = torch.where(demo, logp, 0.0)
     p = log_p.detach().exp()
-    sft_loss = -log_p * demo * (p * (1 - p) if phi else 1)                         # (5) -phi log p
+    weight = p * (1 - p) if phi else 1.0                                           # (5) φ
+    sft_loss = -weight * log_p                                                     # (6) 0 outside demo
     metrics = {
-        "loss/on_policy": (token_loss.sum(), mask.sum()),
-        "loss/off_policy": (sft_loss.sum(), demo.sum()),
-        "clip_fraction": (((clipped > unclipped) & mask).sum(), mask.sum()),
-        "kl/old_policy": (-log_ratio.sum(), mask.sum()),
+        "token_loss/on_policy": (token_loss.detach().sum(), count),
+        "token_loss/off_policy": (sft_loss.detach().sum(), demo.sum()),
+        "clip_fraction": ((clipped > unclipped).sum(), count),
+        # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
+        "kl/old_policy": (-log_ratio.detach().sum(), count),
     }
-    return (1 - mu) * (token_loss.sum() / rollout_tokens) + mu * (sft_loss.sum() / demo_tokens), metrics
+    rl_loss = token_loss.sum() / (rollout_tokens or 1)                             # without tokens 0
+    return (1 - mu) * rl_loss + mu * (sft_loss.sum() / (demo_tokens or 1)), metrics
 
 
 # --------------------------------------------------------------------------------------- what is in a batch

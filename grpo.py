@@ -65,40 +65,67 @@ class Args(common.Args):
 def group_advantages(rewards, groups, std_normalise=False):
     """A_i = R_i - mean(R of the group): arXiv:2503.20783. Divided by std + 1e-6: arXiv:2402.03300, 4.1.2.
 
-    rewards (B,) float; groups (B,) int, the same number for responses to the same prompt. Returns (B,).
+    rewards (B,) of any dtype; groups (B,) int, the same number for responses to the same prompt.
+    std_normalise: divide by the group's standard deviation, the unbiased one (n - 1), plus 1e-6.
+    Returns (B,). A group of one has A = 0. A reward that is nan spoils its own group and no other.
+
+    >>> rewards, groups = torch.tensor([1, 0, 0, 0, 1, 1]), torch.tensor([7, 7, 7, 7, 8, 8])
+    >>> group_advantages(rewards, groups).tolist()           # the means are 1/4 and 1
+    [0.75, -0.25, -0.25, -0.25, 0.0, 0.0]
+    >>> advantages = group_advantages(rewards, groups, std_normalise=True)
+    >>> round(advantages[0].item(), 4)                       # 0.75 / sqrt((0.75² + 3 * 0.25²) / 3)
+    1.5
     """
-    same_group = (groups[:, None] == groups[None, :]).to(rewards.dtype)            # (B, B)
-    group_size = same_group.sum(dim=1)
-    advantages = rewards - same_group @ rewards / group_size
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    same_group = groups[:, None] == groups[None, :]                                # (B, B)
+    size = same_group.sum(dim=1)                                                   # (B,)
+    advantages = rewards - torch.where(same_group, rewards, 0.0).sum(dim=1) / size
     if std_normalise:
-        variance = same_group @ advantages.square() / (group_size - 1).clamp(min=1)    # unbiased
+        variance = torch.where(same_group, advantages.square(), 0.0).sum(dim=1) / (size - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + 1e-6)
     return advantages
 
 
 def grpo_loss(logp, old_logp, advantages, mask, normaliser=None, clip_low=0.2, clip_high=0.2):
-    """-J of the formula at the top: arXiv:2402.03300, eq. 3, without its KL term.
+    """GRPO's clipped policy gradient: arXiv:2402.03300, eq. 3, as a loss, without KL and with one normaliser.
+
+        loss = 1/normaliser Σ_i Σ_t m_it max(-A_i r_it, -A_i clip(r_it, 1 - ε_low, 1 + ε_high))
+                                         (4) (2)        (3)            (1) r = π / π_old
 
     logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled.
-    advantages (B,). mask (B, T): 1 on response tokens up to and including EOS.
-    normaliser: what the sum over tokens is divided by, B * L or the number of response tokens, of the *whole*
-        optimiser step: then the losses of its micro-batches add up. By default B * T of these tensors.
-    Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
+    advantages (B,), (B, 1) or (B, T): A. mask (B, T), any dtype: m, 1 on response tokens up to and including
+        EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
+    normaliser: what the sum over tokens is divided by: B * L, for the B rows of the *whole* optimiser step,
+        over all micro-batches and processes, and L = --max_response; or that step's number of response
+        tokens. Then the losses of micro-batches add up. By default B * T of these tensors.
+    clip_low, clip_high: ε_low and ε_high; both infinite for no clip. A log-ratio above 60 counts as 60, with
+        no gradient, so that no product with r is inf or nan.
+    Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+
+    >>> logp, old_logp = torch.tensor([[0.5], [0.5]]).log(), torch.tensor([[0.25], [0.5]]).log()
+    >>> loss, metrics = grpo_loss(logp, old_logp, torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+    >>> round(loss.item(), 4)     # r = 2, clipped at 1.2, and r = 1: (-1.2 + 1) / (2 rows * 1 token)
+    -0.1
+    >>> metrics["clip_fraction"]
+    (tensor(1), tensor(2))
     """
     mask = mask.bool()
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    count = mask.sum()
     normaliser = mask.numel() if normaliser is None else normaliser
-    advantages = advantages[:, None]                                               # (B, 1)
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()                                                        # (1) r
-    unclipped = -advantages * ratio                                                # (2) -r A
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -clip(r) A
-    token_loss = torch.maximum(unclipped, clipped) * mask                          # (4) -min(r A, clip(r) A)
+    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
+    unclipped = -advantages * ratio                                                # (2) -A r
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -A clip(r)
+    token_loss = torch.maximum(unclipped, clipped)                                 # (4) the larger loss
     metrics = {
-        "loss/on_policy": (token_loss.sum(), mask.sum()),
-        "clip_fraction": (((clipped > unclipped) & mask).sum(), mask.sum()),
-        "kl/old_policy": (-log_ratio.sum(), mask.sum()),
+        "token_loss/on_policy": (token_loss.detach().sum(), count),
+        "clip_fraction": ((clipped > unclipped).sum(), count),
+        # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
+        "kl/old_policy": (-log_ratio.detach().sum(), count),
     }
-    return token_loss.sum() / normaliser, metrics                                  # (5) sum / (B L)
+    return token_loss.sum() / (normaliser or 1), metrics                           # 0 without tokens
 
 
 # --------------------------------------------------------------------------------------- what is in a batch

@@ -74,38 +74,58 @@ class Args(common.Args):
 # ---------------------------------------------------------------------------------------------- the loss
 def luffy_loss(logp, old_logp, advantages, mask, is_demo, normaliser=None, gamma=0.1,
                clip_low=None, clip_high=None):
-    """-J of the formula at the top: arXiv:2504.14945, eq. 5 and 6.
+    """LUFFY's mixed policy gradient with policy shaping: arXiv:2504.14945, eq. 5 and 6, as a loss.
+
+        loss = 1/normaliser Σ_i Σ_t m_it l_it
+        l_it = -A_i f(p_it) in a demonstration                                  p = π    f(p) = p / (p + γ)
+               (7)  (6)                                                         (5)
+        l_it = max(-A_i r_it, -A_i clip(r_it, 1 - ε_low, 1 + ε_high)) else      r = π / π_old
+               (4) (2)        (3)                                               (1)
 
     logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled
         (old_logp of demonstration tokens is not read).
-    advantages (B,). mask (B, T): 1 on response tokens up to and including EOS.
-    is_demo (B,) or (B, T): true on demonstrations, or on those tokens of mixed rows that come from one.
-    normaliser: what the sum over tokens is divided by, B * L or the number of response tokens, of the *whole*
-        optimiser step: then the losses of its micro-batches add up. By default B * T of these tensors.
-    gamma: of the shaping p / (p + gamma); None for f(p) = p. clip_low, clip_high: None for no clip.
-    Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
+    advantages (B,), (B, 1) or (B, T): A. mask (B, T), any dtype: m, 1 on response tokens up to and including
+        EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
+    is_demo (B,), (B, 1) or (B, T), any dtype: 1 on demonstrations, or on those tokens of mixed rows that come
+        from one.
+    normaliser: what the sum over tokens is divided by: B * L, for the B rows of the *whole* optimiser step,
+        over all micro-batches and processes, and L = --max_response; or that step's number of response
+        tokens. Then the losses of micro-batches add up. By default B * T of these tensors.
+    gamma: γ; None for f(p) = p. clip_low, clip_high: ε_low and ε_high; None for no clip.
+    Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+
+    >>> logp, old_logp = torch.tensor([[0.5], [0.1]]).log(), torch.tensor([[0.25], [0.0]]).log()
+    >>> advantages, is_demo = torch.tensor([-0.5, 0.5]), torch.tensor([False, True])
+    >>> loss, _ = luffy_loss(logp, old_logp, advantages, torch.ones(2, 1), is_demo)
+    >>> round(loss.item(), 4)     # rollout: r = 2; demonstration: f = 0.1/0.2; (0.5 * 2 - 0.5 * 0.5) / 2
+    0.375
     """
     mask = mask.bool()
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     normaliser = mask.numel() if normaliser is None else normaliser
-    advantages = advantages[:, None]                                               # (B, 1)
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
     demo = mask & is_demo.bool().reshape(len(mask), -1)                            # (B, T)
     on_policy = mask & ~demo
+    count = on_policy.sum()
     log_ratio = torch.where(on_policy, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()                                                        # (1) r
-    unclipped = -advantages * ratio                                                # (2) -r A
-    low = None if clip_low is None else 1 - clip_low
-    high = float("inf") if clip_high is None else 1 + clip_high
-    clipped = -advantages * ratio.clamp(low, high)                                 # (3) -clip(r) A
-    p = torch.where(demo, logp, 0.0).exp()                                         # (4) p
-    shaped = p if gamma is None else p / (p + gamma)                               # (5) f(p)
-    token_loss = torch.where(demo, -advantages * shaped, torch.maximum(unclipped, clipped)) * mask
+    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
+    unclipped = -advantages * ratio                                                # (2) -A r
+    clip_low = float("inf") if clip_low is None else clip_low
+    clip_high = float("inf") if clip_high is None else clip_high
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -A clip(r)
+    token_loss = torch.maximum(unclipped, clipped)                                 # (4) the larger loss
+    p = torch.where(demo, logp, 0.0).exp()                                         # (5)
+    # The weight A df/dlog p = A γ p / (p + γ)² of a token is largest, A/4, at p = γ; it goes to 0 with p.
+    shaped = p if gamma is None else p / (p + gamma)                               # (6) f(p)
+    token_loss = torch.where(demo, -advantages * shaped, token_loss)               # (7) -A f(p): LUFFY
     metrics = {
-        "loss/on_policy": ((token_loss * on_policy).sum(), on_policy.sum()),
-        "loss/off_policy": ((token_loss * demo).sum(), demo.sum()),
-        "clip_fraction": (((clipped > unclipped) & on_policy).sum(), on_policy.sum()),
-        "kl/old_policy": (-log_ratio.sum(), on_policy.sum()),
+        "token_loss/on_policy": ((token_loss.detach() * on_policy).sum(), count),
+        "token_loss/off_policy": ((token_loss.detach() * demo).sum(), demo.sum()),
+        "clip_fraction": ((clipped > unclipped).sum(), count),
+        # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
+        "kl/old_policy": (-log_ratio.detach().sum(), count),
     }
-    return token_loss.sum() / normaliser, metrics                                  # (6) sum / (B L)
+    return token_loss.sum() / (normaliser or 1), metrics                           # 0 without tokens
 
 
 # --------------------------------------------------------------------------------------- what is in a batch

@@ -65,31 +65,59 @@ class Args(common.Args):
 
 # -------------------------------------------------------------------------------------------- the losses
 def rl_loss(logp, old_logp, advantages, mask, normaliser=None):
-    """-J of the formula at the top: the policy gradient with an importance ratio and without clip.
+    """ReLIFT's loss of RL: the policy gradient with importance ratios and without a clip.
+
+        loss = 1/normaliser Σ_i Σ_t m_it (-A_i r_it)        r = π / π_old
+                                          (2)               (1)
 
     logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled.
-    advantages (B,). mask (B, T): 1 on response tokens up to and including EOS.
-    normaliser: what the sum over tokens is divided by, B * L of the *whole* optimiser step: then the losses
-        of its micro-batches add up. By default B * T of these tensors.
-    Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
+    advantages (B,), (B, 1) or (B, T): A. mask (B, T), any dtype: m, 1 on response tokens up to and including
+        EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
+    normaliser: what the sum over tokens is divided by: B * L, for the B rows of the *whole* optimiser step,
+        over all micro-batches and processes, and L = --max_response. Then the losses of micro-batches add up.
+        By default B * T of these tensors.
+    Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+
+    >>> logp, old_logp = torch.tensor([[0.5], [0.25]]).log(), torch.tensor([[0.25], [0.5]]).log()
+    >>> loss, _ = rl_loss(logp, old_logp, torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+    >>> round(loss.item(), 4)     # r = 2 and r = 0.5: (-2 + 0.5) / (2 rows * 1 token)
+    -0.75
     """
     mask = mask.bool()
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    count = mask.sum()
     normaliser = mask.numel() if normaliser is None else normaliser
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    token_loss = -advantages[:, None] * log_ratio.exp() * mask                     # -r A
+    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
+    token_loss = -advantages * ratio                                               # (2) -A r
     metrics = {
-        "loss/on_policy": (token_loss.sum(), mask.sum()),
-        "kl/old_policy": (-log_ratio.sum(), mask.sum()),
+        "token_loss/on_policy": (token_loss.detach().sum(), count),
+        # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
+        "kl/old_policy": (-log_ratio.detach().sum(), count),
     }
-    return token_loss.sum() / normaliser, metrics                                  # sum / (B L)
+    return token_loss.sum() / (normaliser or 1), metrics                           # 0 without tokens
 
 
 def sft_loss(logp, mask, tokens=None):
-    """Mean negative log-likelihood of demonstrations. logp, mask (B, T); tokens: N of the whole step."""
+    """Supervised fine-tuning: the mean over demonstration tokens of -log π(y_it).
+
+    logp (B, T): log-probs in nats of demonstration tokens. mask (B, T), any dtype: 1 on those up to and
+        including EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
+    tokens: N, what the sum is divided by: the demonstration tokens of the *whole* optimiser step, over all
+        micro-batches and processes. Then the losses of micro-batches add up. By default those of these
+        tensors; without any the loss is 0.
+    Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+
+    >>> loss, _ = sft_loss(torch.tensor([[0.5, 0.25], [0.125, 1.0]]).log(), torch.tensor([[1, 1], [1, 0]]))
+    >>> round(loss.item(), 4)     # (log 2 + log 4 + log 8) / 3 = 2 log 2
+    1.3863
+    """
     mask = mask.bool()
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     tokens = mask.sum() if tokens is None else tokens
     nll = -torch.where(mask, logp, 0.0).sum()
-    return nll / tokens, {"loss/off_policy": (nll, mask.sum())}
+    return nll / (tokens or 1), {"token_loss/off_policy": (nll.detach(), mask.sum())}
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
@@ -107,7 +135,17 @@ def hardest(rows: list[Row]) -> list:
 
 
 def take_from_buffer(buffer: list, new: list, size: int) -> tuple[list, list]:
-    """(what to fine-tune on, what stays in the buffer): newest first; nothing until `size` wait."""
+    """(what to fine-tune on, what stays in the buffer), from the unsolved prompts that wait and the new ones.
+
+    Nothing until `size` wait. Newest first: today's policy fails these, and may have learnt to solve the old
+    ones. So a prompt that waits and fails again moves to the front; it is not added twice. Only one step of
+    `size` demonstrations after a step of RL, so that imitation does not take over; what is left waits.
+
+    >>> take_from_buffer(buffer=[5, 6, 7], new=[8, 6], size=3)      # in order: 8, 6, 5, 7
+    ([8, 6, 5], [7])
+    >>> take_from_buffer(buffer=[5], new=[5], size=2)
+    ([], [5])
+    """
     buffer = new + [old for old in buffer if old not in new]
     return (buffer[:size], buffer[size:]) if len(buffer) >= size else ([], buffer)
 

@@ -84,35 +84,53 @@ class Args(common.Args):
 
 # ---------------------------------------------------------------------------------------------- the loss
 def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr", clip_low=0.2, clip_high=0.2):
-    """-J of the formula at the top: arXiv:2503.14286, whose eq. 8 is its gradient.
+    """TOPR's tapered REINFORCE as a loss: arXiv:2503.14286, whose eq. 8 is the gradient of -loss.
+
+        loss = 1/normaliser Σ_i -w_i A_i Σ_t m_it log π(y_it)
+                                (7)
+        w_i  = 1 if A_i >= 0, else min(1, Π_t π(y_it) / π_old(y_it)), without a gradient of its own
+               (6)                 (5)                                   (1) to (4): grpo_loss, for 'ppo'
 
     logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled.
-    advantages (B,): R, the baseline subtracted. mask (B, T): 1 on response tokens up to and including EOS.
-    normaliser: what the sum over responses is divided by, B (or B * L) of the *whole* optimiser step: then
-        the losses of its micro-batches add up. By default B of these tensors.
-    weights: 'topr', 'tis', 'reinforce' or 'ppo', for which alone there are clip_low and clip_high.
-    Returns the loss and metrics {name: (sum, count)}, which are exact means over micro-batches too.
-    Lines (1) to (4) are PPO's, as in grpo.py; TOPR puts (5) to (7) in their place.
+    advantages (B,), (B, 1) or (B, T): A = R - c, reward ±1 minus baseline; of (B, T) each has the w of its
+        own sign. mask (B, T), any dtype: m, 1 on response tokens up to and including EOS, else 0; what stands
+        where it is 0 is not read. Half precision is computed in float32.
+    normaliser: what the sum is divided by. The default, B of these tensors, is the paper's mean over rows
+        (for 'ppo' B * T, as in grpo_loss). main() passes B * L, for the B rows of the *whole* optimiser step,
+        over all micro-batches and processes, and L = --max_response; or that step's number of response
+        tokens. Then the losses of micro-batches add up.
+    weights: 'topr'; or 'tis': (5) for both signs; 'reinforce': w = 1; 'ppo': the loss of grpo_loss, in which
+        ratios of single tokens are clipped below 1 - clip_low and above 1 + clip_high.
+    Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+
+    >>> logp, old_logp = torch.tensor([[0.25], [0.25]]).log(), torch.tensor([[0.5], [0.5]]).log()
+    >>> loss, _ = topr_loss(logp, old_logp, torch.tensor([1.0, -1.0]), torch.ones(2, 1))
+    >>> round(loss.item(), 4)     # w = 1 and w = 0.25/0.5: (1 * log 4 - 0.5 * log 4) / 2 rows
+    0.3466
     """
     mask = mask.bool()
-    normaliser = len(mask) if normaliser is None else normaliser
-    advantages = advantages[:, None]                                               # (B, 1)
+    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    count = mask.sum()
+    default = mask.numel() if weights == "ppo" else len(mask)
+    normaliser = default if normaliser is None else normaliser
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, finite
-    unclipped = -advantages * ratio                                                # (2) -r A
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -clip(r) A
-    token_loss = torch.maximum(unclipped, clipped) * mask                          # (4) -min(r A, clip(r) A)
-    tapered = log_ratio.detach().sum(dim=1, keepdim=True).clamp(max=0).exp()       # (5) min(1, π/π_old)
-    if weights != "ppo":
-        topr = torch.where(advantages >= 0, 1.0, tapered)
-        weight = {"topr": topr, "tis": tapered, "reinforce": 1.0}[weights]         # (6) w
-        token_loss = -weight * advantages * torch.where(mask, logp, 0.0)           # (7) -w R m log π
-    negative = advantages < 0
+    tapered = log_ratio.detach().sum(dim=1, keepdim=True).clamp(max=0).exp()       # (5) of a row: (B, 1)
+    topr = torch.where(advantages >= 0, 1.0, tapered)
+    weight = {"topr": topr, "tis": tapered, "reinforce": 1.0, "ppo": 0.0}[weights]     # (6) w; PPO has none
+    token_loss = -weight * advantages * torch.where(mask, logp, 0.0)               # (7) -w A log π
+    ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
+    unclipped = -advantages * ratio                                                # (2) -A r
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -A clip(r)
+    if weights == "ppo":
+        token_loss = torch.maximum(unclipped, clipped)                             # (4) the larger loss
+    negative = (advantages < 0).any(dim=1)                                         # (B,)
     metrics = {
         "weight/negatives": (tapered[negative].sum(), negative.sum()),
-        "kl/old_policy": (-log_ratio.sum(), mask.sum()),
+        # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
+        "kl/old_policy": (-log_ratio.detach().sum(), count),
     }
-    return token_loss.sum() / normaliser, metrics                                  # (8) sum / B
+    return token_loss.sum() / (normaliser or 1), metrics                           # 0 without tokens
 
 
 # --------------------------------------------------------------------------------------- what is in a batch

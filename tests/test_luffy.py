@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SMALL, assert_golden, assert_parts_add_up, golden, tensors, write_jsonl
+from conftest import SMALL, assert_golden, golden, tensors, write_jsonl
 
 from grpo import grpo_loss
 from luffy import luffy_loss, make_batch
@@ -37,7 +37,7 @@ def test_loss_and_gradient_equal_the_authors(case, variant):
     assert_golden(case, logp.grad, variant["expected"]["grad_logp"])
 
     official = variant["expected"]["metrics"]
-    for ours, theirs in (("loss/on_policy", "on_pg_loss"), ("loss/off_policy", "off_pg_loss")):
+    for ours, theirs in (("token_loss/on_policy", "on_pg_loss"), ("token_loss/off_policy", "off_pg_loss")):
         total, count = metrics[ours]
         if official[theirs] == "nan":
             assert count == 0  # the official mean over no token; ours is left to whoever has the whole step
@@ -105,26 +105,6 @@ def test_gradient_is_that_of_the_loss(gamma):
     is_demo = torch.tensor([1, 0, 0, 1, 0, 0])
     assert torch.autograd.gradcheck(
         lambda x: luffy_loss(x, old_logp, advantages, mask, is_demo, None, gamma)[0], logp.requires_grad_())
-
-
-def test_micro_batches_add_up():
-    """Demonstrations alone, rollouts alone, both."""
-    inputs = [*some_rows(torch.float64), torch.tensor([1, 0, 0, 1, 0, 0])]
-    assert_parts_add_up(lambda *rows: luffy_loss(*rows, 55), inputs, [[0, 3], [1], [2, 4, 5]])
-    assert_parts_add_up(lambda *rows: luffy_loss(*rows, 55), inputs, [[0, 1], [5, 3], [2, 4]])
-
-
-@pytest.mark.parametrize("garbage", (math.nan, math.inf, -math.inf, 1e30))
-def test_what_stands_in_padding_changes_nothing(garbage):
-    logp, old_logp, advantages, mask = some_rows(torch.float64)
-    is_demo, results = torch.tensor([1, 0, 0, 1, 0, 0]), []
-    for filling in (0.0, garbage):
-        new = logp.masked_fill(~mask, filling).requires_grad_()
-        loss, _ = luffy_loss(new, old_logp.masked_fill(~mask, -filling), advantages, mask, is_demo)
-        loss.backward()
-        results.append((loss.detach(), new.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
 
 
 # ---------------------------------------------------------------------------------------- what is in a batch
