@@ -78,8 +78,7 @@ class Args(common.Args):
     clip_low: float = flag("ε_low of ppo", 0.2, least=0, most=1, only_with="weights=ppo")
     clip_high: float = flag("ε_high of ppo", 0.2, least=0, only_with="weights=ppo")
     offline: str = flag("file with columns problem, answer, response to train on instead of sampling", "")
-    save_rollouts: bool = flag("keep the sets in runs/<name>/rollouts.jsonl, which --offline can read", False,
-                               not_with="offline")
+    save_rollouts: bool = flag("keep sets in rollouts.jsonl, for --offline", False, not_with="offline")
 
 
 # ---------------------------------------------------------------------------------------------- the loss
@@ -111,21 +110,21 @@ def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr",
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     count = mask.sum()
-    default = mask.numel() if weights == "ppo" else len(mask)
-    normaliser = default if normaliser is None else normaliser
+    normaliser = normaliser if normaliser is not None else mask.numel() if weights == "ppo" else len(mask)
     advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     tapered = log_ratio.detach().sum(dim=1, keepdim=True).clamp(max=0).exp()       # (5) of a row: (B, 1)
     topr = torch.where(advantages >= 0, 1.0, tapered)
-    weight = {"topr": topr, "tis": tapered, "reinforce": 1.0, "ppo": 0.0}[weights]     # (6) w; PPO has none
-    token_loss = -weight * advantages * torch.where(mask, logp, 0.0)               # (7) -w A log π
+    weight = {"topr": topr, "tis": tapered, "reinforce": 1.0, "ppo": 0.0}[weights]     # (6) w
+    tapered_loss = -weight * advantages * torch.where(mask, logp, 0.0)             # (7) -w A log π
     ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
     unclipped = -advantages * ratio                                                # (2) -A r
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -A clip(r)
-    if weights == "ppo":
-        token_loss = torch.maximum(unclipped, clipped)                             # (4) the larger loss
+    token_loss = torch.maximum(unclipped, clipped)                                 # (4) the larger loss
+    token_loss = token_loss if weights == "ppo" else tapered_loss
     negative = (advantages < 0).any(dim=1)                                         # (B,)
     metrics = {
+        "token_loss/on_policy": (token_loss.detach().sum(), count),
         "weight/negatives": (tapered[negative].sum(), negative.sum()),
         # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
         "kl/old_policy": (-log_ratio.detach().sum(), count),
@@ -146,7 +145,6 @@ def make_set(run, args, rows):
         row.advantage = 2 * reward - 1 - args.baseline                             # A = R - c, R = ±1
     run.score(rows)  # sets row.old_logp: of the policy that sampled; with --offline it stands in for it
     p, c = rewards.mean().item(), args.baseline
-    run.log("positives", p)
     run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
 
 
@@ -172,9 +170,7 @@ def main():
         if place == 0:
             collected = offline or make_batch(run, args, run.next_problems(iteration))
             make_set(run, args, collected)
-            run.kept.keep(collected)  # in the checkpoints of its steps
-            if args.save_rollouts:
-                run.kept.save(collected)
+            run.kept.keep(collected, args.save_rollouts)  # in the checkpoints of its steps, and in a file
         rows = pick(collected, args.minibatch, place, f"{args.seed} {iteration}")
         for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
             tokens = sum(len(row.response) for row in minibatch)

@@ -45,8 +45,10 @@ class KeptRows:
     def __init__(self, problems: list[Problem], codec: Codec, state: dict, path: Path):
         self.problems, self.codec, self.state, self.path = problems, codec, state, path
 
-    def keep(self, rows: list[Row]):
-        """In place of those that were kept before."""
+    def keep(self, rows: list[Row], in_file: bool):
+        """In place of those that were kept before; with in_file they are also appended to the file."""
+        if in_file:
+            self.save(rows)
         self.state["kept"] = [vars(row) | {"problem": row.problem.index} for row in rows]
 
     def rows(self) -> list[Row]:
