@@ -4,11 +4,11 @@
     Dynamic Weighting. Zhang, Xie, Sun, Chen, Wang, Li, Ding, Zhou. arXiv:2508.11408.
 
 Fine-tuning on an expert's demonstrations first and RL afterwards lets the first damage what the model could
-do already and overfit to the expert. CHORD does both in every step. A weight μ leads from imitation to
-exploration (CHORD-μ), or a weight per token keeps both what is already certain and what is hopelessly
-unlikely from being imitated (CHORD-φ).
+do already and overfit to the expert. CHORD does both in every step. In CHORD-μ their weight μ leads from
+imitation to exploration; CHORD-φ holds μ at 0.1 and weighs each token instead, so that what is certain or
+hopelessly unlikely counts little.
 
-    L = (1 - μ) L_GRPO(rollouts) + μ L_SFT(demonstrations) - β/N Σ_i Σ_t m_it H_it
+    loss = (1 - μ) L_GRPO(rollouts) + μ L_SFT(demonstrations) - β/N Σ_i Σ_t m_it H_it
 
     L_GRPO = -1/N_r Σ_i Σ_t m_it min(r_it A_i, clip(r_it, 1-ε_low, 1+ε_high) A_i)   over the rollouts
     L_SFT  = -1/N_d Σ_i Σ_t m_it φ_it log p_it                                      over the demonstrations
@@ -22,18 +22,23 @@ unlikely from being imitated (CHORD-φ).
   π, π_old  the policy, and the policy before this step's updates (row.old_logp), both at --temperature
   m_it      batch.mask: 1 on the tokens of a response up to and including EOS, else 0
   N_r, N_d  numbers of rollout and of demonstration tokens of the whole mini-batch; N = N_r + N_d
-  μ         mu_schedule(): from --mu_peak to --mu_valley, or constant        ε = --clip_low, --clip_high
+  μ         mu_schedule(): from --mu_peak to --mu_valley, or constant
+  ε_low, ε_high  --clip_low, --clip_high
   H_it      entropy of π at the token; β = --entropy_bonus, 0 by default
 
-L is eq. 3 of the paper and φ its eq. 6. With --updates 1, the default, r is 1 and the clip does nothing.
+The loss is eq. 3 of the paper and φ its eq. 6. With --updates 1, the default, r is 1, its gradient is that of
+log π, and the clip does nothing. Demonstrations with a wrong answer, or of more than --max_response tokens
+with EOS, are not used.
 
-Next to it: LUFFY puts a prompt's demonstration into the group of its rollouts, where it has an advantage;
-here demonstrations come from a stream of their own, not tied to the prompts, and are imitated whatever the
-rollouts do. ReLIFT imitates only those of prompts that no rollout solved, in steps of their own.
+Compared with the others: LUFFY puts a prompt's demonstration into the group of its rollouts, where it has
+an advantage; here demonstrations come from a stream of their own, not tied to the prompts, and are imitated
+whatever the rollouts do. ReLIFT imitates only those of prompts that no rollout solved, in steps of their
+own.
 
 Deviations
-  - Trinity-RFT, the authors' framework, by now also bounds the loss of tokens with A < 0 and a large ratio
-    and clamps log-ratios. The release for the paper did neither; nor does this.
+  - Trinity-RFT, the authors' framework, today also bounds the loss of tokens with A < 0 and a large ratio
+    and clamps log-ratios at 20. The release for the paper did neither; nor does this (at 60, where only
+    overflow matters, it does).
   - The authors' framework averages micro-batches by their row counts, which is not the token mean of the
     step. Here it is, whatever the micro-batches.
   - The authors take r against the sampler's log-probs; here it is against the trainer's.
@@ -44,9 +49,9 @@ Deviations
   - `--preset constant`, μ = 0.1 and φ = 1, mixes RL and SFT without CHORD's ideas. It is not the 'RL with
     SFT loss' of LUFFY's paper, which has other normalisers and the prompts' own demonstrations.
 
-On the toy (six runs, README.md) hard problems end at 0.92-0.97 with CHORD-μ and at 0.91-0.99 with CHORD-φ,
-which passes 0.5 only at steps 30 to 55: it hardly imitates what it hardly samples. Fine-tuning alone ends at
-0.29-0.38.
+On the toy (six runs, README.md) the share of hard problems solved ends at 0.92-0.97 with CHORD-μ and at
+0.91-0.99 with CHORD-φ, which passes 0.5 only at steps 30 to 55 (with μ = 0.1 and φ = 1 it is 10 or 15): φ
+is small for tokens that the model hardly samples. Fine-tuning alone ends at 0.29-0.38.
 
 On a CPU, in a minute:  python chord.py
 On a GPU:               python chord.py --model Qwen/Qwen2.5-Math-1.5B
@@ -100,23 +105,22 @@ def mu_schedule(step: int, peak: float, valley: float, warmup: int, decay: int) 
 
 def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout_tokens=None,
                demo_tokens=None, clip_low=0.2, clip_high=0.2):
-    """CHORD's loss, GRPO on rollouts beside fine-tuning on demonstrations: arXiv:2508.11408, eq. 3 and 6.
+    """L without the entropy, for one micro-batch: GRPO on rollouts beside fine-tuning on demonstrations.
 
-        loss = (1 - μ)/N_r Σ_i Σ_t max(-A_i r_it, -A_i clip(r_it, 1 - ε_low, 1 + ε_high))  over rollouts
-                                   (4) (2)        (3)            (1) r = π / π_old
-             +      μ /N_d Σ_i Σ_t -φ_it log π(y_it)                                       over demonstrations
-                                   (6) (5) φ = 1, or π(y_it) (1 - π(y_it)) as a constant
+        loss = (1 - μ)/N_r Σ_i Σ_t max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high))    over rollouts: (1) to (4)
+             +      μ /N_d Σ_i Σ_t -φ log p     φ = 1 or p (1 - p) (5)    -φ log p (6)  over demonstrations
 
-    logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled
-        (old_logp of demonstration tokens is not read).
-    advantages (B,), (B, 1) or (B, T): A, of demonstrations not read. mask (B, T), any dtype: 1 on response
-        tokens up to and including EOS, else 0; what stands where it is 0 is not read. Half precision is
-        computed in float32.
-    is_demo (B,), (B, 1) or (B, T), any dtype: 1 on demonstrations. mu: μ, the weight of imitation.
-    phi: weigh its tokens by p (1 - p), p = π(y_it); else by 1. clip_low, clip_high: ε_low and ε_high.
-    rollout_tokens, demo_tokens: N_r and N_d, their tokens in the *whole* optimiser step, over all
-        micro-batches and processes. Then the losses of micro-batches add up. By default those of these
-        tensors.
+    arXiv:2508.11408, eq. 3 and 6; (1) to (4) are those of grpo_loss; p = π(y_it).
+
+    Tensors hold the rows of one micro-batch, padded to T tokens. logp, old_logp (rows, T): log-probs in nats,
+        of π and π_old. advantages: A, (rows,), (rows, 1) or (rows, T).
+        mask (rows, T), any dtype; what stands where it is 0 is not read, nor are old_logp and advantages of
+        demonstrations. Half precision is computed in float32. A log-ratio above 60 counts as 60.
+    is_demo, any dtype: 1 on demonstrations (rows,), or on tokens that come from one (rows, T).
+    mu: μ, the weight of imitation. phi: φ = p (1 - p), without a gradient of its own; else 1.
+    rollout_tokens, demo_tokens: N_r and N_d, numbers of tokens of the whole mini-batch, the same for all its
+        micro-batches, so that they add up. Default: those of these tensors.
+    clip_low, clip_high: ε_low and ε_high.
     Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
 
     >>> logp = torch.tensor([[0.5], [0.5]]).log()
@@ -129,12 +133,12 @@ def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout
     """
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
-    demo = mask & is_demo.bool().reshape(len(mask), -1)                            # (B, T)
+    demo = mask & is_demo.bool().reshape(len(mask), -1)                            # (rows, T)
     on_policy = mask & ~demo
     count = on_policy.sum()
     rollout_tokens = count if rollout_tokens is None else rollout_tokens
     demo_tokens = demo.sum() if demo_tokens is None else demo_tokens
-    advantages = torch.where(on_policy, advantages.reshape(len(mask), -1), 0.0)    # (B, T)
+    advantages = torch.where(on_policy, advantages.reshape(len(mask), -1), 0.0)    # (rows, T)
     log_ratio = torch.where(on_policy, logp - old_logp, 0.0)
     ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
     unclipped = -advantages * ratio                                                # (2) -A r
@@ -145,8 +149,8 @@ def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout
     weight = p * (1 - p) if phi else 1.0                                           # (5) φ
     sft_loss = -weight * log_p                                                     # (6) 0 outside demo
     metrics = {
-        "token_loss/on_policy": (token_loss.detach().sum(), count),
-        "token_loss/off_policy": (sft_loss.detach().sum(), demo.sum()),
+        "token_loss/rollouts": (token_loss.detach().sum(), count),
+        "token_loss/demonstrations": (sft_loss.detach().sum(), demo.sum()),
         "clip_fraction": ((clipped > unclipped).sum(), count),
         # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
         "kl/old_policy": (-log_ratio.detach().sum(), count),
@@ -175,24 +179,24 @@ def main():
     for step in run.steps():
         mu = mu_schedule(step - 1, args.mu_peak, args.mu_valley, args.mu_warmup, args.mu_decay)
         rows, demonstrations = make_batch(run, args, run.next_problems(), mu)
-        rewards = run.verify(rows)  # (rows,) 1.0: right answer in the box after </think>, else 0.0
+        rewards = run.verify(rows)  # sets row.reward: 1.0 if the box after </think> is right, else 0.0
         groups = torch.tensor([row.problem.index for row in rows])
         advantages = group_advantages(rewards, groups, std_normalise=True)
         for row, advantage in zip(rows, advantages.tolist()):
             row.advantage = advantage
         rows += demonstrations
-        run.score(rows)  # sets row.old_logp: the trainer's log-probs before any update of this step
+        run.score(rows)  # sets row.old_logp: log π_old by the trainer, before this step's updates
         run.log("mu", mu)
-        for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
+        for minibatch in run.minibatches(rows):  # --updates of them, one optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             demo_tokens = sum(len(row.response) for row in minibatch if row.is_demo)
-            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors; rows of A = 0 left out
-                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T), at --temperature
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors, without rows of A = 0
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T); 0 outside the mask
                 loss, metrics = chord_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo,
                                            mu, args.phi, tokens - demo_tokens, demo_tokens,
                                            args.clip_low, args.clip_high)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
-            run.optimizer_step(minibatch)  # scales a long gradient down; AdamW
+            run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
 

@@ -10,41 +10,43 @@ compare with. Policy shaping lifts the gradient of its unlikely tokens, which th
     J = 1/(B L) [ Σ_{i rollout} Σ_t m_it r_it A_i  +  Σ_{i demonstration} Σ_t m_it f(p_it) A_i ]
         + β/N Σ_i Σ_t m_it H_it
 
-    r_it = π(y_it) / π_old(y_it)   p_it = π(y_it)   f(p) = p / (p + γ)   A_i = R_i - mean(R of all n rows)
+    r_it = π(y_it) / π_old(y_it)   p_it = π(y_it)   f(p) = p / (p + γ)   A_i = R_i - mean(R of its group)
 
   i, t      a row of the mini-batch, rollout or demonstration, and a token y_it of it; it has B rows
   R_i       its reward, a demonstration's too: 1 if the boxed answer after </think> is right, else 0
+  group     the n rows of one prompt, the demonstration included
   π, π_old  the policy, and the policy before this step's updates (row.old_logp), both at --temperature
   m_it      batch.mask: 1 on the tokens of the response up to and including EOS, else 0; N = Σ_i Σ_t m_it
   γ         --gamma        L = --max_response        n = --n
   H_it      entropy of π at the token; β = --entropy_bonus
 
 The two sums are eq. 6 of the paper; f is its policy shaping. The ratio of a demonstration would be π over the
-probability under its author, which nobody knows. It is taken as 1, so that p is the ratio. The price: a token
-of which the author was sure and one that he wrote by chance count alike.
+probability under its author, which nobody knows. The author's is taken as 1, so that the ratio is p. The
+price: a token of which the author was sure and one that he wrote by chance count alike.
 
-With shaping the weight on d log p of a demonstration token is γ p/(p+γ)², without it is p. At γ = 0.1 the
-weight of the rarest tokens is 10 p, which still is 0 at p -> 0; it is largest, 1/4, at p = γ; at p = 0.22
-both are the same; a token that is certain weighs 0.08. Shaping favours what is rare, not the impossible.
+The gradient of A f(p) is A w ∇ log p with w = γ p/(p+γ)²; without shaping w = p. At γ = 0.1 that is 10 p
+for the rarest tokens, still 0 at p -> 0; it is largest, 1/4, at p = γ; at p = 0.22 both are the same; a
+token that is certain has 0.08. Shaping favours what is rare, not what is impossible.
 
-Next to it: fine-tuning (SFT) gives every token of a demonstration the weight 1, however unlikely, and CHORD-φ
-p (1 - p), which vanishes at both ends; neither compares it with anything. Here a demonstration counts as far
-as its group does worse (A > 0): once all n rows are right, it teaches nothing.
+Compared with the others: fine-tuning (SFT) has w = 1 for every token of a demonstration, however unlikely,
+and CHORD-φ p (1 - p), which vanishes at both ends; neither compares the demonstration with anything. Here
+it counts as far as its group does worse (A > 0): once all n rows are right, it teaches nothing.
 
 Deviations
   - The paper clips on-policy ratios, divides by the token count, and A by the standard deviation over all n
     rows; the authors' script removes the clip and the standard deviation and divides by a constant. Here as
     in the script; `--clip --token_mean --std_normalise` together restore the paper's.
-  - The authors' script divides by L and never by B: its loss is B times ours on one process and 64 times on
-    its 8 cards (512 rows, FSDP's mean). Its gradient clip of 1.0 and entropy bonus of 0.001, which are the
-    defaults here too, weigh otherwise there.
+  - The authors' script divides by L and never by B: on its 8 cards, which take 512 rows and average their
+    gradients, its loss is 64 times ours. So its gradient clip of 1.0 acts more often there, and its entropy
+    bonus of 0.001 counts less; both are the defaults here too.
   - The authors' code trains on demonstrations cut at L, without EOS and mostly without an answer. Here one
     that has more than L tokens with its EOS is left out and counted, and its prompt gets an n-th rollout.
   - The authors filter no demonstrations. Here one whose answer is not the reference is left out when the
     data are read, and counted. So the reward of those that remain, by the same verifier as a rollout's, is 1.
 
-On the toy (six runs, README.md) hard problems, of which GRPO learns none, pass 0.5 at step 10 or 15 and end
-at 0.95-0.98. Shaping pays there where the next right token is rare at every line.
+On the toy (six runs, README.md) the share of hard problems solved, which stays at 0 with GRPO, passes 0.5
+at step 10 or 15 and ends at 0.95-0.98. Shaping helps most on bases that hardly ever begin a line of
+working.
 
 On a CPU, in a minute:  python luffy.py
 On a GPU:               python luffy.py --model Qwen/Qwen2.5-Math-1.5B
@@ -74,23 +76,21 @@ class Args(common.Args):
 # ---------------------------------------------------------------------------------------------- the loss
 def luffy_loss(logp, old_logp, advantages, mask, is_demo, normaliser=None, gamma=0.1,
                clip_low=None, clip_high=None):
-    """LUFFY's mixed policy gradient with policy shaping: arXiv:2504.14945, eq. 5 and 6, as a loss.
+    """-J without the entropy, for one micro-batch: LUFFY's mixed policy gradient, arXiv:2504.14945, eq. 5, 6.
 
         loss = 1/normaliser Σ_i Σ_t m_it l_it
-        l_it = -A_i f(p_it) in a demonstration                                  p = π    f(p) = p / (p + γ)
-               (7)  (6)                                                         (5)
-        l_it = max(-A_i r_it, -A_i clip(r_it, 1 - ε_low, 1 + ε_high)) else      r = π / π_old
-               (4) (2)        (3)                                               (1)
+        in a demonstration:  l = -A f(p)    p = π (5)    f(p) = p / (p + γ) (6)    -A f(p) (7)
+        in a rollout:        l = max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high)), (1) to (4) of grpo_loss
 
-    logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled
-        (old_logp of demonstration tokens is not read).
-    advantages (B,), (B, 1) or (B, T): A. mask (B, T), any dtype: m, 1 on response tokens up to and including
-        EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
-    is_demo (B,), (B, 1) or (B, T), any dtype: 1 on demonstrations, or on those tokens of mixed rows that come
-        from one.
-    normaliser: what the sum over tokens is divided by: B * L, for the B rows of the *whole* optimiser step,
-        over all micro-batches and processes, and L = --max_response; or that step's number of response
-        tokens. Then the losses of micro-batches add up. By default B * T of these tensors.
+    Tensors hold the rows of one micro-batch, padded to T tokens. logp, old_logp (rows, T): log-probs in nats,
+        of π and π_old. advantages: A, (rows,), (rows, 1) or (rows, T).
+        mask (rows, T), any dtype: m; what stands where it is 0 is not read, nor is old_logp of
+        demonstrations. Half precision is computed in float32. A log-ratio above 60 counts as 60, so that
+        nothing overflows.
+    is_demo, any dtype: 1 on demonstrations (rows,), or on tokens that come from one (rows, T).
+    normaliser: what the sum over tokens is divided by, the same in all micro-batches of a mini-batch, so that
+        they add up: B * L, with the B rows of the whole mini-batch, or its number of response tokens. Rows
+        that micro-batches leave out, since A = 0, count there too. Default: rows * T of these tensors.
     gamma: γ; None for f(p) = p. clip_low, clip_high: ε_low and ε_high; None for no clip.
     Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
 
@@ -103,8 +103,8 @@ def luffy_loss(logp, old_logp, advantages, mask, is_demo, normaliser=None, gamma
     mask = mask.bool()
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     normaliser = mask.numel() if normaliser is None else normaliser
-    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
-    demo = mask & is_demo.bool().reshape(len(mask), -1)                            # (B, T)
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (rows, T)
+    demo = mask & is_demo.bool().reshape(len(mask), -1)                            # (rows, T)
     on_policy = mask & ~demo
     count = on_policy.sum()
     log_ratio = torch.where(on_policy, logp - old_logp, 0.0)
@@ -119,8 +119,8 @@ def luffy_loss(logp, old_logp, advantages, mask, is_demo, normaliser=None, gamma
     shaped = p if gamma is None else p / (p + gamma)                               # (6) f(p)
     token_loss = torch.where(demo, -advantages * shaped, token_loss)               # (7) -A f(p): LUFFY
     metrics = {
-        "token_loss/on_policy": ((token_loss.detach() * on_policy).sum(), count),
-        "token_loss/off_policy": ((token_loss.detach() * demo).sum(), demo.sum()),
+        "token_loss/rollouts": ((token_loss.detach() * on_policy).sum(), count),
+        "token_loss/demonstrations": ((token_loss.detach() * demo).sum(), demo.sum()),
         "clip_fraction": ((clipped > unclipped).sum(), count),
         # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
         "kl/old_policy": (-log_ratio.detach().sum(), count),
@@ -148,21 +148,21 @@ def main():
     run = Run(args)
     for step in run.steps():
         rows = make_batch(run, args, run.next_problems())
-        rewards = run.verify(rows)  # (rows,) 1.0: right answer in the box after </think>, else 0.0
+        rewards = run.verify(rows)  # sets row.reward: 1.0 if the box after </think> is right, else 0.0
         groups = torch.tensor([row.problem.index for row in rows])
         advantages = group_advantages(rewards, groups, args.std_normalise)
         for row, advantage in zip(rows, advantages.tolist()):
             row.advantage = advantage
-        run.score(rows)  # sets row.old_logp: the trainer's log-probs before any update of this step
-        for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
+        run.score(rows)  # sets row.old_logp: log π_old by the trainer, before this step's updates
+        for minibatch in run.minibatches(rows):  # --updates of them, one optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             normaliser = tokens if args.token_mean else len(minibatch) * args.max_response
-            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors; rows of A = 0 left out
-                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T), at --temperature
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors, without rows of A = 0
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T); 0 outside the mask
                 loss, metrics = luffy_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo,
                                            normaliser, gamma, *clip)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
-            run.optimizer_step(minibatch)  # scales a long gradient down; AdamW
+            run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
 

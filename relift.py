@@ -4,11 +4,11 @@
     Ma, Liang, Qiang, Tang, Ma, Wong, Niu, Shen, He, Li, Cui, Zhang. arXiv:2506.07527.
 
 RL improves what a model can already do now and then; fine-tuning on demonstrations brings in what it cannot
-do at all, but harms what it can. ReLIFT does each where it helps: RL on all prompts, and fine-tuning only on
-those that no rollout solved. Their demonstrations wait in a buffer, and a step of fine-tuning follows once
-enough of them wait.
+do at all, but harms what it can. ReLIFT does each where it helps: RL on all prompts, and fine-tuning only
+on those that no rollout solved. These prompts wait in a buffer, and once M of them wait, a step of
+fine-tuning on their demonstrations follows.
 
-What the authors' script does, and so this file (the RL of the paper is GRPO with its clip):
+As in the authors' script, but for 1/B (the RL of the paper is GRPO with its clip):
 
     RL:   J = 1/(B L) Σ_i Σ_t m_it r_it A_i  +  β/N Σ_i Σ_t m_it H_it
     SFT:  J = 1/N Σ_i Σ_t m_it log π(y_it)   +  β/N Σ_i Σ_t m_it H_it    on M demonstrations y_i of the buffer
@@ -23,25 +23,26 @@ What the authors' script does, and so this file (the RL of the paper is GRPO wit
   H_it      entropy of π at the token; β = --entropy_bonus
   L         --max_response        M = --sft_batch
 
-Newest demonstrations first: those of prompts that today's policy fails. At most one step of fine-tuning
-follows a step of RL, so that imitation does not take over; what is left waits for the next one.
+Newest prompts first, as in the authors' script: those that today's policy fails. At most one step of
+fine-tuning follows a step of RL; what is left waits for the next one, the oldest perhaps for ever. With
+--updates 1, r is 1 and its gradient that of log π.
 
-Next to it: LUFFY puts the demonstration of every prompt, solved or not, into its group and weighs it by the
-group's rewards; CHORD imitates demonstrations of any prompt in every step. Here it is a step of its own, with
-an optimiser of its own, on unsolved prompts alone.
+Compared with the others: LUFFY puts the demonstration of every prompt, solved or not, into its group and
+weighs it by the group's rewards; CHORD imitates demonstrations of any prompt in every step. Here it is a
+step of its own, with AdamW moments of its own, on unsolved prompts alone, and every token weighs the same.
 
 Deviations
   - The paper describes clipped GRPO; the authors' script does not clip and divides by the constant L. So
-    here, but by B L: on one process the script's loss is B times ours, on 8 cards 64 times (see grpo.py),
-    so that its gradient clip of 0.7 in RL and its entropy bonus weigh otherwise than the same numbers here.
+    here, but by B L. On 8 cards, which take 512 rows and average their gradients, the script's loss is 64
+    times ours: its gradient clip of 0.7 in RL acts more often there, and its entropy bonus counts less.
   - The authors' code crashes when no prompt has failed yet, trains on a bare EOS where a demonstration is
     missing, and cuts the last token of one that fills L. Here an empty buffer is fine, and a prompt without
     a demonstration, or with one of more than L tokens or a wrong answer, adds nothing and is counted.
   - On 8 cards the authors' gradient of fine-tuning is 1/8 of the intended one. Here it is the token mean.
   - A prompt that waits in the buffer and fails again moves to the front; it is not added twice.
 
-On the toy (six runs, README.md) hard problems pass 0.5 at step 10 or 15 and end at 0.92-0.98. The paper used
-13% of its demonstrations; here that share is logged as relift/used.
+On the toy (six runs, README.md) the share of hard problems solved passes 0.5 at step 10 or 15 and ends at
+0.92-0.98. The paper used 13% of its demonstrations; here that share is logged as relift/used.
 
 On a CPU, in a minute:  python relift.py
 On a GPU:               python relift.py --model Qwen/Qwen2.5-Math-1.5B
@@ -65,17 +66,17 @@ class Args(common.Args):
 
 # -------------------------------------------------------------------------------------------- the losses
 def rl_loss(logp, old_logp, advantages, mask, normaliser=None):
-    """ReLIFT's loss of RL: the policy gradient with importance ratios and without a clip.
+    """-J of RL without the entropy, for one micro-batch: the policy gradient with ratios, without a clip.
 
-        loss = 1/normaliser Σ_i Σ_t m_it (-A_i r_it)        r = π / π_old
-                                          (2)               (1)
+        loss = 1/normaliser Σ_i Σ_t m_it (-A_i r_it)        r = π / π_old (1)    -A r (2)
 
-    logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled.
-    advantages (B,), (B, 1) or (B, T): A. mask (B, T), any dtype: m, 1 on response tokens up to and including
-        EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
-    normaliser: what the sum over tokens is divided by: B * L, for the B rows of the *whole* optimiser step,
-        over all micro-batches and processes, and L = --max_response. Then the losses of micro-batches add up.
-        By default B * T of these tensors.
+    Tensors hold the rows of one micro-batch, padded to T tokens. logp, old_logp (rows, T): log-probs in nats,
+        of π and π_old. advantages: A, (rows,), (rows, 1) or (rows, T).
+        mask (rows, T), any dtype: m; what stands where it is 0 is not read. Half precision is computed in
+        float32. A log-ratio above 60 counts as 60, so that nothing overflows.
+    normaliser: what the sum over tokens is divided by, the same in all micro-batches of a mini-batch, so that
+        they add up: B * L, with the B rows of the whole mini-batch, or its number of response tokens. Rows
+        that micro-batches leave out, since A = 0, count there too. Default: rows * T of these tensors.
     Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
 
     >>> logp, old_logp = torch.tensor([[0.5], [0.25]]).log(), torch.tensor([[0.25], [0.5]]).log()
@@ -87,12 +88,12 @@ def rl_loss(logp, old_logp, advantages, mask, normaliser=None):
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     count = mask.sum()
     normaliser = mask.numel() if normaliser is None else normaliser
-    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (rows, T)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     ratio = log_ratio.clamp(max=60).exp()                                          # (1) r, at most e⁶⁰
     token_loss = -advantages * ratio                                               # (2) -A r
     metrics = {
-        "token_loss/on_policy": (token_loss.detach().sum(), count),
+        "token_loss/rollouts": (token_loss.detach().sum(), count),
         # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
         "kl/old_policy": (-log_ratio.detach().sum(), count),
     }
@@ -100,13 +101,11 @@ def rl_loss(logp, old_logp, advantages, mask, normaliser=None):
 
 
 def sft_loss(logp, mask, tokens=None):
-    """Supervised fine-tuning: the mean over demonstration tokens of -log π(y_it).
+    """-J of SFT without the entropy, for one micro-batch: the token mean of -log π over demonstrations.
 
-    logp (B, T): log-probs in nats of demonstration tokens. mask (B, T), any dtype: 1 on those up to and
-        including EOS, else 0; what stands where it is 0 is not read. Half precision is computed in float32.
-    tokens: N, what the sum is divided by: the demonstration tokens of the *whole* optimiser step, over all
-        micro-batches and processes. Then the losses of micro-batches add up. By default those of these
-        tensors; without any the loss is 0.
+    logp (rows, T): log-probs in nats. mask (rows, T), any dtype: m; what stands where it is 0 is not read.
+    tokens: N, the tokens of all M demonstrations, the same for all micro-batches, so that they add up.
+        Default: those of these tensors; without any the loss is 0.
     Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
 
     >>> loss, _ = sft_loss(torch.tensor([[0.5, 0.25], [0.125, 1.0]]).log(), torch.tensor([[1, 1], [1, 0]]))
@@ -117,7 +116,7 @@ def sft_loss(logp, mask, tokens=None):
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     tokens = mask.sum() if tokens is None else tokens
     nll = -torch.where(mask, logp, 0.0).sum()
-    return nll / (tokens or 1), {"token_loss/off_policy": (nll.detach(), mask.sum())}
+    return nll / (tokens or 1), {"token_loss/demonstrations": (nll.detach(), mask.sum())}
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
@@ -156,20 +155,20 @@ def main():
     by_index = {problem.index: problem for problem in run.train if problem.demonstration}
     for step in run.steps():
         rows = make_batch(run, args, run.next_problems())
-        rewards = run.verify(rows)  # (rows,) 1.0: right answer in the box after </think>, else 0.0
+        rewards = run.verify(rows)  # sets row.reward: 1.0 if the box after </think> is right, else 0.0
         groups = torch.tensor([row.problem.index for row in rows])
         advantages = group_advantages(rewards, groups)
         for row, advantage in zip(rows, advantages.tolist()):
             row.advantage = advantage
-        run.score(rows)  # sets row.old_logp: the trainer's log-probs before any update of this step
-        for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
+        run.score(rows)  # sets row.old_logp: log π_old by the trainer, before this step's updates
+        for minibatch in run.minibatches(rows):  # --updates of them, one optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             normaliser = len(minibatch) * args.max_response
-            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors; rows of A = 0 left out
-                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T), at --temperature
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors, without rows of A = 0
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T); 0 outside the mask
                 loss, metrics = rl_loss(logp, batch.old_logp, batch.advantages, batch.mask, normaliser)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
-            run.optimizer_step(minibatch)  # scales a long gradient down; AdamW
+            run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
 
         unsolved = hardest(rows)
         new = [problem.index for problem in unsolved if run.demonstrations.of(problem)]

@@ -4,11 +4,11 @@
     Le Roux, Bellemare, Lebensold, Bergeron, Greaves, Fréchette, Pelletier, Thibodeau-Laufer, Toth, Work.
     arXiv:2503.14286.
 
-Sampling is dear, so one wants many updates from one set of responses. Plain REINFORCE on old responses goes
-on pushing down what is impossible already: its loss has no lower bound, and the model collapses. PPO's clip
-stops learning from most of the set instead. TOPR imitates right responses with full weight, however unlikely
-they are, and tapers the push on wrong ones with their importance ratio: what the policy no longer says, it
-need not unlearn.
+Sampling is expensive, so one wants many updates from one set of responses. Plain REINFORCE on old responses
+goes on pushing down what is impossible already: its loss has no lower bound, and the model collapses. PPO's
+clip stops learning from most of the set instead. TOPR imitates right responses with full weight, however
+unlikely they are, and tapers the push on wrong ones with their importance ratio: what the policy no longer
+says, it need not unlearn.
 
     J = 1/(B L) Σ_i w_i A_i Σ_t m_it log π(y_it)  +  β/N Σ_i Σ_t m_it H_it
 
@@ -23,29 +23,32 @@ need not unlearn.
   L         --max_response        H_it  entropy of π at the token; β = --entropy_bonus, 0 by default
 
 The gradient of the first term, times L, is eq. 8 of the paper. An *iteration* samples and verifies a set,
---prompts x --n rollouts, once, and goes through it --epochs_per_iteration times. A step of this script is one
-mini-batch of the set and so one optimiser step; in the other scripts a step samples anew.
+--prompts x --n rollouts, once, and goes through it --epochs_per_iteration times, in a new order each time. A
+step of this script is one mini-batch of the set and so one optimiser step; elsewhere a step samples anew.
 
 A positive c makes right answers count less and wrong ones more: the effective share of positives in the
-gradient, p (1-c) / (1 + (1-2p) c) for a share p of right responses, falls as c rises. It is logged; the paper
-finds 10 to 20% best.
+gradient, p (1-c) / (1 + (1-2p) c) for a share p of right responses, before w, falls as c rises. It is logged;
+the paper finds 10 to 20% best.
 
-Next to it: GRPO compares the responses to one prompt and drops them after --updates optimiser steps; here a
-response stands alone, right or wrong, and is used again and again. No demonstrations are needed.
+Compared with the others: GRPO compares the responses to one prompt and drops them after --updates optimiser
+steps; here a response stands alone, right or wrong, and is used again and again. No demonstrations are
+needed.
 
 Deviations
-  - ROLL and Trinity-RFT weigh each token by its own ratio, and Trinity rewards wrong but well-formatted
-    answers. Weights are off by orders of magnitude then; here, as in the paper, a response has one weight.
-  - J is divided by L, a constant, so that learning rates mean the same as in the other scripts;
+  - ROLL and Trinity-RFT weigh each token by its own ratio. The product over a long response and a single
+    ratio differ by orders of magnitude; here, as in the paper, it is the product. Trinity also rewards wrong
+    but well-formatted answers.
+  - J is divided by L, a constant, so that gradient clip and entropy bonus weigh as in the other scripts;
     `--token_mean` divides by N in place of B L.
-  - With `--offline` nobody knows the probabilities under who wrote the responses: those under the starting
-    policy stand in for them.
+  - With `--offline` the probabilities under whoever wrote the responses are unknown; those under the starting
+    policy are taken in their place.
   - `--weights` has the alternatives that the paper compares: reinforce (w = 1), tis (min(1, ratio) for both
     signs) and ppo (ratios clipped per token, no w).
   - The numbers of prompts, epochs and rows are this project's choice, not the paper's.
 
-On the toy (six runs, README.md) five sets and 240 steps bring easy problems to 0.95-0.99. Plain REINFORCE is
-at 0.00-0.01 after the first set and PPO's clip ends anywhere; tis is as good as TOPR on this task.
+On the toy (six runs, README.md) five sets and 240 steps bring the share of easy problems solved to
+0.95-0.99. Plain REINFORCE is at 0.00-0.01 after the first set and PPO's clip ends anywhere from 0.00 to
+0.94; tis is as good as TOPR on this task.
 
 On a CPU, in a minute:  python topr.py
 On a GPU:               python topr.py --model Qwen/Qwen2.5-Math-1.5B
@@ -62,7 +65,7 @@ from common import Row, Run, flag
 @dataclass
 class Args(common.Args):
     token_mean: bool = flag("divide by N, the mini-batch's tokens, in place of B L (DAPO)", False)
-    data: str = flag("as in the other scripts; 'toy:easy' has only the toy's problems of one step",
+    data: str = flag("as in the other scripts; 'toy:easy' has only the toy's easy problems",
                      toy="toy:easy", real="Elliott/Openr1-Math-46k-8192", not_with="offline")
     lr: float = flag("learning rate of AdamW", toy=3e-4, real=1e-6, least=0)
     eval_every: int = flag("steps between evaluations on held-out problems", toy=48, real=64, least=1)
@@ -83,24 +86,23 @@ class Args(common.Args):
 
 # ---------------------------------------------------------------------------------------------- the loss
 def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr", clip_low=0.2, clip_high=0.2):
-    """TOPR's tapered REINFORCE as a loss: arXiv:2503.14286, whose eq. 8 is the gradient of -loss.
+    """-J without the entropy, for one micro-batch: arXiv:2503.14286, whose eq. 8 is the gradient of J L.
 
-        loss = 1/normaliser Σ_i -w_i A_i Σ_t m_it log π(y_it)
-                                (7)
-        w_i  = 1 if A_i >= 0, else min(1, Π_t π(y_it) / π_old(y_it)), without a gradient of its own
-               (6)                 (5)                                   (1) to (4): grpo_loss, for 'ppo'
+        loss = 1/normaliser Σ_i Σ_t m_it (-w_i A_i log π(y_it)) (7)
+        w_i  = 1 if A_i >= 0, else min(1, Π_t π(y_it) / π_old(y_it)), without a gradient: (5), w (6)
+        for weights = 'ppo' instead (1) to (4), as in grpo_loss
 
-    logp, old_logp (B, T): log-probs in nats of response tokens, under the policy and the policy that sampled.
-    advantages (B,), (B, 1) or (B, T): A = R - c, reward ±1 minus baseline; of (B, T) each has the w of its
-        own sign. mask (B, T), any dtype: m, 1 on response tokens up to and including EOS, else 0; what stands
-        where it is 0 is not read. Half precision is computed in float32.
-    normaliser: what the sum is divided by. The default, B of these tensors, is the paper's mean over rows
-        (for 'ppo' B * T, as in grpo_loss). main() passes B * L, for the B rows of the *whole* optimiser step,
-        over all micro-batches and processes, and L = --max_response; or that step's number of response
-        tokens. Then the losses of micro-batches add up.
-    weights: 'topr'; or 'tis': (5) for both signs; 'reinforce': w = 1; 'ppo': the loss of grpo_loss, in which
-        ratios of single tokens are clipped below 1 - clip_low and above 1 + clip_high.
+    Tensors hold the rows of one micro-batch, padded to T tokens. logp, old_logp (rows, T): log-probs in nats,
+        of π and π_old. advantages: A = R - c, (rows,), (rows, 1) or
+        (rows, T). mask (rows, T), any dtype: m; what stands where it is 0 is not read. Half precision is
+        computed in float32. PPO's log-ratios above 60 count as 60, so that nothing overflows.
+    normaliser: what the sum is divided by, the same in all micro-batches of a mini-batch, so that they add
+        up: B * L, with the B rows of the whole mini-batch, or its number of response tokens. Default: the
+        rows of these tensors, the paper's mean (for 'ppo' rows * T, as in grpo_loss).
+    weights: 'topr'; or 'tis': min(1, ratio) for both signs; 'reinforce': w = 1; 'ppo': ratios of single
+        tokens, clipped below 1 - clip_low and above 1 + clip_high.
     Returns the loss and metrics {name: (sum, number of values)}, so that means over micro-batches are exact.
+    weight/negatives: min(1, ratio) of wrong responses, which is w with 'topr' and 'tis'.
 
     >>> logp, old_logp = torch.tensor([[0.25], [0.25]]).log(), torch.tensor([[0.5], [0.5]]).log()
     >>> loss, _ = topr_loss(logp, old_logp, torch.tensor([1.0, -1.0]), torch.ones(2, 1))
@@ -111,9 +113,9 @@ def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr",
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     count = mask.sum()
     normaliser = normaliser if normaliser is not None else mask.numel() if weights == "ppo" else len(mask)
-    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (B, T)
+    advantages = torch.where(mask, advantages.reshape(len(mask), -1), 0.0)         # (rows, T)
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    tapered = log_ratio.detach().sum(dim=1, keepdim=True).clamp(max=0).exp()       # (5) of a row: (B, 1)
+    tapered = log_ratio.detach().sum(dim=1, keepdim=True).clamp(max=0).exp()       # (5) of a row: (rows, 1)
     topr = torch.where(advantages >= 0, 1.0, tapered)
     weight = {"topr": topr, "tis": tapered, "reinforce": 1.0, "ppo": 0.0}[weights]     # (6) w
     tapered_loss = -weight * advantages * torch.where(mask, logp, 0.0)             # (7) -w A log π
@@ -122,9 +124,9 @@ def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr",
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)               # (3) -A clip(r)
     token_loss = torch.maximum(unclipped, clipped)                                 # (4) the larger loss
     token_loss = token_loss if weights == "ppo" else tapered_loss
-    negative = (advantages < 0).any(dim=1)                                         # (B,)
+    negative = (advantages < 0).any(dim=1)                                         # (rows,)
     metrics = {
-        "token_loss/on_policy": (token_loss.detach().sum(), count),
+        "token_loss/rollouts": (token_loss.detach().sum(), count),
         "weight/negatives": (tapered[negative].sum(), negative.sum()),
         # The k1 estimate of KL(π_old || π): log π_old - log π of sampled tokens; single ones may be negative.
         "kl/old_policy": (-log_ratio.detach().sum(), count),
@@ -140,10 +142,10 @@ def make_batch(run, args, problems) -> list[Row]:
 
 def make_set(run, args, rows):
     """Gives every response of an iteration's set its A, and its log-probs under the policy of this moment."""
-    rewards = run.verify(rows)  # (rows,) 1.0: right answer in the box after </think>, else 0.0
+    rewards = run.verify(rows)  # sets row.reward: 1.0 if the box after </think> is right, else 0.0
     for row, reward in zip(rows, rewards.tolist()):
         row.advantage = 2 * reward - 1 - args.baseline                             # A = R - c, R = ±1
-    run.score(rows)  # sets row.old_logp: of the policy that sampled; with --offline it stands in for it
+    run.score(rows)  # sets row.old_logp: log π_old; with --offline that of the starting policy
     p, c = rewards.mean().item(), args.baseline
     run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
 
@@ -164,23 +166,23 @@ def main():
     size = len(offline) or args.prompts * args.n
     steps_per_iteration = math.ceil(size / args.minibatch) * args.epochs_per_iteration
     args.steps = args.steps or args.iterations * steps_per_iteration
-    collected = run.kept.rows()  # of a run that goes on: its set
+    collected = run.kept.rows()  # the current set if the run is resumed, else none
     for step in run.steps(f"{args.steps} steps on mini-batches of {args.minibatch}, of sets of {size} rows"):
         iteration, place = divmod(step - 1, steps_per_iteration)
         if place == 0:
             collected = offline or make_batch(run, args, run.next_problems(iteration))
             make_set(run, args, collected)
-            run.kept.keep(collected, args.save_rollouts)  # in the checkpoints of its steps, and in a file
+            run.kept.keep(collected, args.save_rollouts)  # for checkpoints; with --save_rollouts in a file
         rows = pick(collected, args.minibatch, place, f"{args.seed} {iteration}")
-        for minibatch in run.minibatches(rows):  # --updates parts, not shuffled: an optimiser step each
+        for minibatch in run.minibatches(rows):  # --updates of them, one optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             normaliser = tokens if args.token_mean else len(minibatch) * args.max_response
-            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors; rows of A = 0 left out
-                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T), at --temperature
+            for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors, without rows of A = 0
+                logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T); 0 outside the mask
                 loss, metrics = topr_loss(logp, batch.old_logp, batch.advantages, batch.mask,
                                           normaliser, args.weights, args.clip_low, args.clip_high)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
-            run.optimizer_step(minibatch)  # scales a long gradient down; AdamW
+            run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
 

@@ -76,9 +76,9 @@ def test_loss_gradient_and_metrics_equal_the_authors(case, variant):
     assert_golden(case, logp.grad, variant["expected"]["grad_logp"])
 
     ours = {name: total / count for name, (total, count) in metrics.items() if count}
-    theirs = {"usual/pg_loss": "token_loss/on_policy", "usual/pg_clipfrac": "clip_fraction",
-              "usual/ppo_kl": "kl/old_policy", "expert/sft_loss": "token_loss/off_policy",
-              "expert/sft_phi_loss": "token_loss/off_policy"}
+    theirs = {"usual/pg_loss": "token_loss/rollouts", "usual/pg_clipfrac": "clip_fraction",
+              "usual/ppo_kl": "kl/old_policy", "expert/sft_loss": "token_loss/demonstrations",
+              "expert/sft_phi_loss": "token_loss/demonstrations"}
     compared = {theirs[name]: value for name, value in official.items() if name in theirs}
     assert compared.keys() == ours.keys()  # those of each side that has rows
     for name in ours:

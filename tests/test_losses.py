@@ -242,8 +242,8 @@ def test_no_token_is_a_loss_of_0_and_no_gradient(whole, loss_of, settings):
 
 @each_mixed_loss
 def test_no_token_of_one_kind_leaves_the_other(loss_of, settings):
-    for is_demo, names in ((True, ("clip_fraction", "kl/old_policy", "token_loss/on_policy")),
-                           (False, ("token_loss/off_policy",))):
+    for is_demo, names in ((True, ("clip_fraction", "kl/old_policy", "token_loss/rollouts")),
+                           (False, ("token_loss/demonstrations",))):
         rows = some_rows() | {"is_demo": torch.tensor([is_demo] * 8)}
         loss, gradient, metrics = evaluate(loss_of, settings, rows)
         assert loss.isfinite() and loss != 0

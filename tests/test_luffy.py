@@ -37,7 +37,7 @@ def test_loss_and_gradient_equal_the_authors(case, variant):
     assert_golden(case, logp.grad, variant["expected"]["grad_logp"])
 
     official = variant["expected"]["metrics"]
-    for ours, theirs in (("token_loss/on_policy", "on_pg_loss"), ("token_loss/off_policy", "off_pg_loss")):
+    for ours, theirs in (("token_loss/rollouts", "on_pg_loss"), ("token_loss/demonstrations", "off_pg_loss")):
         total, count = metrics[ours]
         if official[theirs] == "nan":
             assert count == 0  # the official mean over no token; ours is left to whoever has the whole step

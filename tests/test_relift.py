@@ -22,7 +22,7 @@ def test_rl_loss_and_gradient_equal_the_authors(case, variant):
     assert_golden(case, loss, variant["expected"]["loss"])
     assert_golden(case, logp.grad, variant["expected"]["grad_logp"])
     official = variant["expected"]["metrics"]
-    for ours, theirs in (("token_loss/on_policy", "on_pg_loss"), ("kl/old_policy", "ppo_kl")):
+    for ours, theirs in (("token_loss/rollouts", "on_pg_loss"), ("kl/old_policy", "ppo_kl")):
         total, count = metrics[ours]
         assert (total / count).item() == pytest.approx(official[theirs], rel=1e-6, abs=1e-12)
 
@@ -34,7 +34,7 @@ def test_sft_loss_and_gradient_equal_the_authors(case, variant):
     loss.backward()
     assert_golden(case, loss, variant["expected"]["loss"])
     assert_golden(case, logp.grad, variant["expected"]["grad_logp"])
-    total, count = metrics["token_loss/off_policy"]
+    total, count = metrics["token_loss/demonstrations"]
     assert (total / count).item() == pytest.approx(variant["expected"]["loss"], rel=2e-6)
 
 
@@ -144,7 +144,7 @@ def test_only_usable_demonstrations_wait_and_each_of_them_once(train):
     assert metrics[-1]["relift/buffer"] == 4
     assert sum(line["demonstrations/left_out"] for line in metrics[1:]) == 2
     assert sum(line["relift/without_demonstration"] for line in metrics[1:]) == 3  # 1 came twice in a step
-    assert not any("token_loss/off_policy" in line for line in metrics)
+    assert not any("token_loss/demonstrations" in line for line in metrics)
     assert list(saved["policy"]["optimizers"]) == ["rl"]  # fine-tuning has never made a step
 
 
@@ -176,7 +176,7 @@ def test_fine_tuning_is_the_token_mean_and_has_moments_of_its_own(train, tiny_mo
         entropies.append(-(logp.exp() * logp).sum(dim=-1))
     nll = torch.cat(nlls).mean()
     (nll - 0.001 * torch.cat(entropies).mean()).backward()
-    assert metrics[1]["token_loss/off_policy"] == pytest.approx(nll.item(), rel=1e-5)
+    assert metrics[1]["token_loss/demonstrations"] == pytest.approx(nll.item(), rel=1e-5)
     for number, parameter in enumerate(model.parameters()):
         first_moment = moments["sft"][number]["exp_avg"].double()  # 0.1 of the gradient after one step
         torch.testing.assert_close(first_moment, 0.1 * parameter.grad, rtol=1e-4, atol=1e-7)

@@ -18,7 +18,7 @@ METRICS = {"reward", "groups/all_right", "groups/all_wrong", "response/length", 
            "verifier/crashes", "seconds/rollout", "seconds/verification", "seconds/scoring", "seconds/update"}
 # ... and where demonstrations stand among the rollouts.
 MIXED = {"luffy": {"demonstrations/probability", "demonstrations/left_out", "reward/demonstrations",
-                   "token_loss/on_policy", "token_loss/off_policy"}}
+                   "token_loss/rollouts", "token_loss/demonstrations"}}
 ACCURACIES = {"accuracy/easy", "accuracy/hard", "accuracy/ood"}
 
 
