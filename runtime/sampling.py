@@ -3,10 +3,12 @@
 Both have two methods. generate(prompts, max_tokens, temperature, seed) takes token ids and returns, for each
 prompt, the token ids of one response and their log-probs; update(model) hands the trainer's weights over.
 """
+import inspect
 import os
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from runtime.flags import Args, fail
@@ -33,33 +35,103 @@ class Recorder(transformers.LogitsProcessor):
             self.sampled.append(self.logp.gather(1, tokens[:, -1:]))
 
 
-class TransformersSampler:
-    """Rollout with transformers, on the trainer's own model and so always in step with it."""
+def sample(logp: torch.Tensor) -> torch.Tensor:
+    """One token (rows, 1) from each row of log-probs (rows, V), by its cumulative distribution.
 
+    That takes a random number for each row, where `multinomial` draws one for each word of it.
+    """
+    cdf = logp.exp().cumsum(dim=-1, dtype=torch.float64)  # a float32 near 1 knows nothing below 6e-8
+    number = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device) * cdf[:, -1:]
+    return torch.searchsorted(cdf, number, right=True)    # right: never a token of probability 0
+
+
+class TransformersSampler:
+    """Rollout with transformers, on the trainer's own model and so always in step with it.
+
+    A prompt is read once for all its responses, and a response that has ended leaves the batch: both are a
+    choice of rows in the model's cache. A model with another kind of cache samples by `model.generate`.
+    """
+
+    @torch.no_grad()
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.pad, self.eos = model, tokenizer.pad_token_id, [tokenizer.eos_token_id]
+        self.accepted = inspect.signature(model.forward).parameters
         model.generation_config = transformers.GenerationConfig(  # no top_k, min_p or penalty of its own
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+            eos_token_id=self.eos, pad_token_id=self.pad)
+        output = model.eval()(input_ids=torch.tensor([self.eos]).to(model.device), use_cache=True)
+        # A class derived from DynamicCache may hold what `reorder_cache` does not move.
+        found = [name for name, value in output.items() if type(value) is transformers.DynamicCache]
+        self.cache_name = found[0] if found else None  # `cache` or, in older versions, `past_key_values`
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int):
-        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens)."""
+        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
+
+        Temperature 0 takes the likeliest token each time; its log-prob is that at temperature 1.
+        """
         self.model.eval()
         torch.manual_seed(seed)
-        pad, eos, width = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, max(map(len, prompts))
-        tokens = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        valid = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        recorder = Recorder(temperature)
+        unique = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        width = max(map(len, unique))
+        with self.model.device:  # where these are made
+            tokens = torch.tensor([[self.pad] * (width - len(prompt)) + [*prompt] for prompt in unique])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in unique])
+            number = torch.tensor([unique[tuple(prompt)] for prompt in prompts])
+        decode = self.decode if self.cache_name else self.decode_by_generate
+        tokens, logp = decode(tokens, mask, number, max_tokens, temperature)
+        is_eos = torch.isin(tokens, torch.tensor(self.eos).to(tokens)).long()
+        length = (is_eos.cumsum(dim=1) - is_eos == 0).sum(dim=1)  # of the tokens that have no EOS before them
+        rows = zip(tokens.tolist(), logp.tolist(), length.tolist())
+        return [(response[:size], response_logp[:size]) for response, response_logp, size in rows]
+
+    def decode(self, tokens, mask, number, max_tokens: int, temperature: float):
+        """Responses and their log-probs, both (rows, max_tokens), padded behind EOS.
+
+        tokens (prompts, width); mask, 0 on padding, like them; number (rows,): which prompt a row answers.
+        """
+        logits, cache = self.forward(tokens, mask)
+        cache.reorder_cache(number)  # made for beam search: here it repeats rows, below it drops some
+        logits, width, eos = logits[number], tokens.shape[1], torch.tensor(self.eos).to(tokens)
+        tokens = F.pad(tokens[number], (0, max_tokens), value=self.pad)  # (rows, width + max_tokens)
+        mask = F.pad(mask[number], (0, max_tokens), value=1)
+        logps, row = logits.new_zeros(tokens.shape), torch.arange(len(tokens), device=tokens.device)
+        for end in range(width, width + max_tokens):
+            if end > width:
+                logits, cache = self.forward(tokens[row, :end], mask[row, :end], cache)
+            logp = (logits / (temperature or 1)).log_softmax(dim=-1)     # (rows that have not ended, V)
+            token = sample(logp) if temperature else logp.argmax(dim=-1, keepdim=True)
+            tokens[row, end], logps[row, end] = token[:, 0], logp.gather(1, token)[:, 0]
+            going = (~torch.isin(token[:, 0], eos)).nonzero()[:, 0]
+            if len(going) == 0:
+                break
+            if len(going) < len(row):  # a copy of the cache, as is each step's growth
+                row = row[going]
+                cache.reorder_cache(going)
+        return tokens[:, width:], logps[:, width:]
+
+    def forward(self, tokens, mask, cache=None):
+        """Logits (rows, V) of what follows tokens (rows, S), and the cache of these tokens.
+
+        mask (rows, S) is 0 on padding. Given the cache of all tokens but the last, the model reads only that.
+        """
+        inputs = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": 1}
+        inputs = {name: value for name, value in inputs.items() if name in self.accepted}
+        inputs = self.model.prepare_inputs_for_generation(
+            tokens, next_sequence_length=None if cache is None else 1, attention_mask=mask, use_cache=True,
+            is_first_iteration=cache is None, **inputs, **{self.cache_name: cache})
+        output = self.model(**inputs)
+        logits = output.logits[:, -1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), output[self.cache_name]
+
+    def decode_by_generate(self, tokens, mask, number, max_tokens: int, temperature: float):
+        """The same by `model.generate`: every row reads its prompt, and stays until the last has ended."""
+        recorder = Recorder(temperature or 1)
         tokens = self.model.generate(
-            input_ids=tokens.to(self.model.device), attention_mask=valid.to(self.model.device),
-            max_new_tokens=max_tokens, do_sample=True, temperature=temperature, top_p=1.0, top_k=0,
+            input_ids=tokens[number], attention_mask=mask[number], max_new_tokens=max_tokens,
+            do_sample=temperature > 0, temperature=temperature or 1.0, top_p=1.0, top_k=0,
             logits_processor=[recorder])
         recorder.take(tokens)
-        responses = []
-        for response, logp in zip(tokens[:, width:].tolist(), torch.cat(recorder.sampled, dim=1).tolist()):
-            length = response.index(eos) + 1 if eos in response else len(response)
-            responses.append((response[:length], logp[:length]))
-        return responses
+        return tokens[:, mask.shape[1]:], torch.cat(recorder.sampled, dim=1)
 
     def update(self, model):
         """Hands the trainer's weights over: here they are the same."""
