@@ -176,6 +176,7 @@ def main():
         if getattr(args, name) is None:
             setattr(args, name, value)
     run = Run(args)
+    run.demonstrations.require(args.expert_share, args.prompts * args.n, max(args.mu_peak, args.mu_valley))
     for step in run.steps():
         mu = mu_schedule(step - 1, args.mu_peak, args.mu_valley, args.mu_warmup, args.mu_decay)
         rows, demonstrations = make_batch(run, args, run.next_problems(), mu)

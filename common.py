@@ -51,9 +51,10 @@ import transformers
 from runtime import memory
 from runtime.evaluation import evaluate
 from runtime.policy import Policy, choose_device
-from runtime.problems import draw, load_data, read_data
+from runtime.problems import draw, fingerprint, load_data, read_data
 from runtime.record import Record
-from runtime.rows import Batch, Codec, Problem, Row, collate, micro_batches
+from runtime.reward import OwnReward
+from runtime.rows import Batch, Problem, Row, collate, micro_batches
 from runtime.sampling import Sampler
 from runtime.stored import Demonstrations, KeptRows
 from runtime.verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier
@@ -74,9 +75,10 @@ class Run:
             memory.dry_run(args, self.record.script, self.device)
         rows = read_data(args)  # first what fails fast, then the model
         self.policy = Policy(args, self.device)
-        self.codec, self.verifier = Codec(self.policy.tokenizer), Verifier()
-        self.train, self.held_out = load_data(args, *rows, self.policy.tokenizer, self.verifier)
-        self.record.open()
+        self.codec = self.policy.codec
+        self.verifier = OwnReward(args.reward) if args.reward else Verifier()
+        self.train, self.held_out = load_data(args, *rows, self.codec, self.verifier)
+        self.record.open(fingerprint(*rows))
         self.step, self.skipped = 0, 0  # steps so far; updates skipped in a row
         self.state = {}  # what a method keeps between steps, of plain values and tensors: checkpoints have it
         self.resume()
@@ -132,7 +134,7 @@ class Run:
         return rows
 
     def verify(self, rows: list[Row]) -> torch.Tensor:
-        r"""Sets row.reward and returns the rewards, (B,): 1.0 or 0.0.
+        r"""Sets row.reward and returns the rewards, (B,): 1.0 or 0.0, or what the function of --reward says.
 
         1.0 if the \boxed{} answer after </think> equals the reference by math-verify; 0.0 also without a
         </think>, without a box, and for a response that was cut. Logs rewards, groups and verdicts.
@@ -185,9 +187,13 @@ class Run:
     def micro_batches(self, minibatch: list[Row], entropy_bonus: float = 0.0):
         """Tensors (Batch) of at most --micro_tokens tokens: what is in memory at once changes no gradient.
 
-        Rows of advantage 0 are left out, unless an entropy bonus gives them a gradient.
+        Rows of advantage 0 are left out, unless an entropy bonus gives them a gradient; with --mask_cut
+        responses that were cut are left out too.
         """
-        rows = [row for row in minibatch if row.advantage or entropy_bonus]
+        masked = {row for row in minibatch if self.args.mask_cut and not self.codec.ended(row)}
+        rows = [row for row in minibatch if (row.advantage or entropy_bonus) and row not in masked]
+        if self.args.mask_cut:
+            self.log("response/masked", len(masked), 0)
         for part in micro_batches(rows, self.args.micro_tokens):
             yield collate(part, self.device)
 
@@ -198,7 +204,9 @@ class Run:
         """
         with self.record.timer("update"):
             self.policy.model.train()
-            return self.policy.logprobs(batch, entropy=entropy_bonus != 0)
+            logp, entropy = self.policy.logprobs(batch, entropy=entropy_bonus != 0)
+            self.policy.check_ratio(batch, logp)
+            return logp, entropy
 
     def backward(self, loss: torch.Tensor, metrics: dict):
         """Adds the loss's gradient to the mini-batch's; logs the loss and metrics {name: (sum, count)}."""

@@ -34,7 +34,7 @@ def summarise(rows) -> dict[str, dict[str, float]]:
         summary[name] = {"problems": len(problems), "samples": samples, "accuracy": statistics.mean(means),
                          "error": error}
         for k in [2 ** power for power in range(1, samples.bit_length())]:
-            passed = [pass_at_k(len(rewards), round(sum(rewards)), k) for rewards in problems.values()]
+            passed = [pass_at_k(len(rewards), rewards.count(1), k) for rewards in problems.values()]
             summary[name][f"pass@{k}"] = statistics.mean(passed)
     return summary
 
@@ -60,7 +60,7 @@ def write_answers(path, step: int, rows, texts: list[str], verdicts: list[int | 
     with open(path, "a") as file:
         for row, text, verdict in zip(rows, texts, verdicts):
             answer = {"step": step, "slice": row.problem.part, "index": row.problem.index,
-                      "reference": row.problem.answer, "boxed": boxed_answer(text),
+                      "reference": row.problem.answer, "boxed": boxed_answer(text), "reward": row.reward,
                       "verdict": NAMES.get(verdict, "crash"), "tokens": len(row.response), "response": text}
             file.write(json.dumps(answer) + "\n")
 

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 GROUPS = {  # of --help; every flag stands in one, a method's own in the last
-    "model and data": "model data eval_data system prompt_end max_prompt rope_theta max_positions",
-    "batch": "steps prompts n updates max_response",
+    "model and data": "model data eval_data reward system prompt_end max_prompt rope_theta max_positions",
+    "batch": "steps prompts n updates max_response mask_cut",
     "optimiser": "lr warmup weight_decay beta2 max_grad_norm entropy_bonus",
     "sampling": "temperature rollout gpu_memory_utilization",
     "evaluation": "eval_every eval_response eval_temperature eval_only",
@@ -78,8 +78,10 @@ class Args:
                      toy="toy", real="Elliott/Openr1-Math-46k-8192")
     eval_data: str = flag("held-out problems: as --data, several with commas between, NAME@32 for 32 samples "
                           "of each; empty: a tenth of --data, at most 128 rows", toy="toy", real="")
+    reward: str = flag("FILE.py:function, your own code: called with a problem's row (dict) and a response's "
+                       "text, it returns a number; it runs here without any limits; empty: math-verify", "")
     system: str = flag("system message for data with plain columns; empty: that of --data's chat messages, "
-                       "or else a request to think and to box the answer", "")
+                       "or else a request to think and to box the answer; 'none': no system message", "")
     prompt_end: str = flag("text with which every prompt ends", toy="", real="<think>\n")
     max_prompt: int = flag("tokens; problems with a longer prompt are left out", toy=64, real=1024, least=1)
     rope_theta: float = flag("base of RoPE; 0: the model's own (LUFFY, ReLIFT: 40000)", 0.0, least=0)
@@ -92,6 +94,8 @@ class Args:
     updates: int = flag("optimiser steps on a rollout batch, each on a mini-batch of its rows; with 1 the "
                         "ratio to the policy that sampled is 1 and no clip acts", toy=1, real=2, least=1)
     max_response: int = flag("L: tokens of a response; a longer one is cut", toy=72, real=3072, least=1)
+    mask_cut: bool = flag("give responses that were cut no gradient; they still count in the group's mean "
+                          "and in what the loss is divided by", False)
 
     # optimiser
     lr: float = flag("learning rate of AdamW", toy=2e-4, real=1e-6, least=0)
@@ -110,7 +114,8 @@ class Args:
     # evaluation
     eval_every: int = flag("steps between evaluations on held-out problems", toy=20, real=50, least=1)
     eval_response: int = flag("tokens of a response in evaluation", toy=100, real=3072, least=1)
-    eval_temperature: float = flag("sampling temperature in evaluation", toy=1.0, real=0.6, least=0.01)
+    eval_temperature: float = flag("sampling temperature in evaluation; 0: the likeliest token each time",
+                                   toy=1.0, real=0.6, least=0)
     eval_only: bool = flag("evaluate --model on --eval_data, and train nothing", False)
 
     # run
@@ -129,6 +134,9 @@ class Args:
 def parse(cls, doc: str) -> Args:
     """Args of class `cls` from the command line; what cannot be right is one line and exit code 2."""
     sys.excepthook = explain
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a letter that the locale has not is written as its number
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=doc.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; --help lists the flags")

@@ -64,6 +64,7 @@ def dry_run(args, script: str, device: torch.device):
         raise SystemExit(0)
     config = policy.load_config(args)
     parameters, optimizers = count_parameters(config), 2 if script == "relift" else 1
+    config = config.get_text_config()  # of a composite model: what reads text
     estimate = parts(config, parameters, args.micro_tokens, optimizers)
     print(f"{script} on {args.model}, {parameters / 1e6:.0f}M parameters: GiB at the peak of an update")
     for name, size in (estimate | {"in all": sum(estimate.values())}).items():

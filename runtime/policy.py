@@ -6,9 +6,10 @@ import torch.nn.functional as F
 import transformers
 
 from runtime.flags import Args, fail
-from runtime.rows import Batch
+from runtime.rows import Batch, Codec
 
 LOGIT_CHUNK = 256  # tokens whose logits are held at once
+ROUNDING = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token by which two passes may differ: float32, bfloat16
 SMALL = 5_000_000  # parameters up to which a CPU is faster with one thread, see bench/threads.py
 PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
@@ -32,35 +33,47 @@ def load_config(args: Args):
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         fail(f"--model {args.model} cannot be loaded: {error}")
+    text = config.get_text_config()  # of a composite model, itself of others
     if args.rope_theta:
-        if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
+        if "rope_theta" not in (getattr(text, "rope_parameters", None) or {}):
             fail(f"--rope_theta: {args.model} has no such setting")
-        config.rope_parameters = config.rope_parameters | {"rope_theta": args.rope_theta}
-    config.max_position_embeddings = args.max_positions or config.max_position_embeddings
+        text.rope_parameters = text.rope_parameters | {"rope_theta": args.rope_theta}
+    positions = getattr(text, "max_position_embeddings", None)  # None: no limit, as with ALiBi
+    if args.max_positions:
+        if positions is None:
+            fail(f"--max_positions: {args.model} has no such setting")
+        positions = text.max_position_embeddings = args.max_positions
     for name in ("max_response", "eval_response"):
-        if args.max_prompt + getattr(args, name) > config.max_position_embeddings:
+        if positions is not None and args.max_prompt + getattr(args, name) > positions:
             fail(f"--max_prompt {args.max_prompt} and --{name} {getattr(args, name)} are more than the "
-                 f"{config.max_position_embeddings} positions of {args.model}: lower one of them, or see "
-                 "--rope_theta and --max_positions")
+                 f"{positions} positions of {args.model}: lower one of them, or see --rope_theta and "
+                 "--max_positions")
     return config
+
+
+def switch_off_dropout(config):
+    """Sets every probability of dropout and every noise of a router to 0, in the configs inside it too."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PretrainedConfig):
+            switch_off_dropout(value)
+        elif ("drop" in name or "jitter" in name) and type(value) in (int, float):
+            setattr(config, name, type(value)(0))
 
 
 def load_model(args: Args, device: torch.device):
     """The model, with float32 master weights (lr 1e-6 rounds to nothing in bfloat16), and its tokenizer."""
     config = load_config(args)
     path = config.name_or_path
+    switch_off_dropout(config)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         fail(f"--model {args.model} cannot be loaded: {error}")
     model.to(device)
-    if tokenizer.eos_token_id is None:
-        fail(f"--model {args.model}: its tokenizer has no EOS token, so no response could end")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0  # trainer and sampler must agree
     if device.type == "cuda":
         model.gradient_checkpointing_enable()
@@ -148,6 +161,12 @@ class Policy:
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device = args, device
         self.model, self.tokenizer = load_model(args, device)
+        size = self.model.get_input_embeddings().weight.shape[0]
+        self.codec = Codec(self.tokenizer, self.model.generation_config, size)
+        if self.tokenizer.pad_token_id is None or self.tokenizer.pad_token_id >= size:
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.codec.end)
+        self.model.generation_config = transformers.GenerationConfig(  # of model/; no sampling of its own
+            eos_token_id=self.codec.ends, pad_token_id=self.tokenizer.pad_token_id)
         if device.type == "cpu" and self.size() <= SMALL and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # two wait for each other, for ever when another process has a core
         self.updates = 0       # optimiser steps so far
@@ -161,6 +180,17 @@ class Policy:
     def logprobs(self, batch: Batch, entropy: bool):
         """Log-probs and entropy (B, T), both at the sampling temperature."""
         return logprobs(self.model, batch, self.args.temperature, entropy)
+
+    def check_ratio(self, batch: Batch, logp):
+        """Ends the run if before any update logp (B, T) is not what Run.score saw: then the ratio is not 1."""
+        scored = batch.mask & (batch.old_logp != 0).any(dim=1, keepdim=True)
+        if self.updates or not scored.any():
+            return
+        gap = float((logp.detach() - batch.old_logp)[scored].abs().mean())
+        if not gap <= ROUNDING[self.device.type]:  # nan is a gap too
+            fail(f"before any update, log-probs in training are {gap:.2g} nats a token from those at "
+                 f"scoring: {self.args.model} has dropout or noise that its config does not name, or what it "
+                 "computes for a row depends on the rows beside it")
 
     def optimizer(self, name: str) -> torch.optim.Optimizer:
         """The AdamW of this name, made at its first step, with the moments that a checkpoint had for it."""
@@ -203,6 +233,5 @@ class Policy:
 
     def save(self, folder):
         """Model and tokenizer in Hugging Face format."""
-        self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

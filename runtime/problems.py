@@ -1,16 +1,18 @@
 """Problems and demonstrations: read from the toy, the Hub or a file, checked row by row, and rendered."""
-import json
+import hashlib
 import random
 import re
 from collections import Counter
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
 import datasets
 import jinja2
 
+from runtime.files import READERS, as_text, read_file
 from runtime.flags import Args, check, fail
-from runtime.rows import Problem
+from runtime.rows import Codec, Problem
 from runtime.verification import RIGHT
 
 SYSTEM = ("Think step by step before you answer. Write your thinking between <think> and </think>, "
@@ -22,26 +24,23 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
     if source in ("toy", "toy:easy"):
         from runtime import toy
         return [row for row in toy.make_rows()[held_out] if source == "toy" or row["data_source"] == "easy"]
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     path = Path(source)
-    if path.suffix in builders and not path.is_file():
+    if path.suffix in READERS and not path.is_file():
         fail(f"{source}: no such file")
     if path.is_file() and path.stat().st_size == 0:
         fail(f"{source} is empty")
-    if path.exists() and path.suffix not in builders:
-        fail(f"{source}: not a {', '.join(builders)} file")
+    if path.exists() and path.suffix not in READERS:
+        fail(f"{source}: not a {', '.join(READERS)} file")
     try:
         if path.is_file():
-            splits = datasets.load_dataset(builders[path.suffix], data_files=str(path))
+            rows = read_file(path)
         else:
             splits = datasets.load_dataset(source)
-        split = "test" if held_out and "test" in splits else "train"
-        if split not in splits:
-            fail(f"{source} has no split {split}, only {', '.join(splits)}")
-        rows = splits[split].to_list()
+            split = "test" if held_out and "test" in splits else "train"
+            if split not in splits:
+                fail(f"{source} has no split {split}, only {', '.join(splits)}")
+            rows = splits[split].to_list()
     except Exception as error:  # whatever a parser or the network says of the user's data is passed on
-        if path.suffix == ".jsonl":
-            find_broken_line(path)
         fail(f"{source} cannot be read as a dataset: {error}: {error.__cause__ or ''}")
     columns = set(rows[0]) if rows else {"problem", "answer"}
     for name, other in (("question", "problem"), ("final_answer", "answer")):  # as some benchmarks have them
@@ -54,25 +53,34 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
     return rows
 
 
-def find_broken_line(path: Path):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.loads(line or "{}")
-            except ValueError as error:
-                fail(f"{path}, line {number}: {error}")
+def read_demonstration(value) -> str | None:
+    """An expert's response: text, or what the assistant says last in chat messages; None: neither."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        said = [message for message in value if message.get("role", "assistant") == "assistant"]
+        value = said[-1] if said else None
+        if value is None:
+            return None
+    if isinstance(value, dict):
+        value = value.get("content")
+        if isinstance(value, list) and all(isinstance(part, dict) for part in value):  # as parts of a message
+            value = "".join(part["text"] for part in value if isinstance(part.get("text"), str))
+    if value is None or value == []:
+        return ""
+    return value if isinstance(value, str) else None
 
 
-def read_problem(row: dict, system: str) -> tuple[list[dict], str, str]:
-    """(chat messages, answer, demonstration) of a row in either schema; ValueError: why not."""
+def read_problem(row: dict, system: str) -> tuple[list[dict], str, str | None]:
+    """(chat messages, answer, demonstration) of a row in either schema; ValueError: why not.
+
+    Without a system message, not even the row's own, if `system` is empty. The demonstration is empty if
+    there is none, and None if it is neither text nor chat messages.
+    """
     if isinstance(row.get("prompt"), list):  # the schema of Elliott/Openr1-Math-46k-8192
         messages, demonstration, gold = row["prompt"], row.get("target"), row.get("reward_model")
         answer = gold.get("ground_truth") if isinstance(gold, dict) else None
-        if isinstance(demonstration, list):
-            first = demonstration[0] if demonstration else None
-            demonstration = first.get("content") if isinstance(first, dict) else None
     else:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": row.get("problem")}]
+        messages = [{"role": "user", "content": row.get("problem")}]
+        messages = [{"role": "system", "content": system}, *messages] if system else messages
         answer, demonstration = row.get("answer"), row.get("demonstration")
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
@@ -82,37 +90,57 @@ def read_problem(row: dict, system: str) -> tuple[list[dict], str, str]:
         text, role = [isinstance(message, dict) and message.get(name) for name in ("content", "role")]
         if not isinstance(role, str) or not isinstance(text, str) or not text.strip():
             raise ValueError("whose problem is empty or not text")
-    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+    if not isinstance(answer, (str, int, float, Decimal)) or answer != answer or not str(answer).strip():
         raise ValueError("without an answer")
-    if not isinstance(demonstration, str):
-        demonstration = ""
-    messages = [{name: message[name] for name in ("role", "content")} for message in messages]
-    return messages, str(answer), demonstration
+    messages = [{name: message[name] for name in ("role", "content")} for message in messages
+                if system or message["role"] != "system"]
+    answer, demonstration = as_text(answer), read_demonstration(demonstration)
+    try:
+        "".join([*(message["content"] for message in messages), answer, demonstration or ""]).encode()
+    except UnicodeEncodeError:  # which JSON can hold and no tokenizer takes
+        raise ValueError("with half of a surrogate pair in its text") from None
+    return messages, answer, demonstration
 
 
-def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt: int, system: str = SYSTEM,
-                  prompt_end: str = "") -> list[Problem]:
-    """The usable rows, rendered with the chat template. What is left out is counted and said."""
-    left_out, problems, seen = Counter(), [], set()
+def render(codec: Codec, messages: list[dict], prompt_end: str) -> str:
+    """The prompt's text: BOS if the tokenizer adds one, the chat template's text, prompt_end; each once."""
+    text = codec.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = text.removesuffix(prompt_end)
+    if prompt_end.strip() and text.rstrip().endswith(prompt_end.strip()):  # it may end in other white space
+        text = text.rstrip().removesuffix(prompt_end.strip())
+    return codec.bos * (not text.startswith(codec.bos)) + text + prompt_end
+
+
+def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_prompt: int,
+                  system: str = SYSTEM, prompt_end: str = "", part: str = "") -> list[Problem]:
+    """The usable rows, rendered with the chat template. What is left out is counted and said.
+
+    system: message for rows that have none; empty: rows get none, and lose their own.
+    part: the slice of rows that name none; by default the source's name.
+    """
+    left_out, problems, seen, unread = Counter(), [], set(), 0
     for index, row in enumerate(rows):
         try:
             messages, answer, demonstration = read_problem(row, system)
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (ValueError, jinja2.TemplateError) as error:
+            text = render(codec, messages, prompt_end)
+        except ValueError as error:
             left_out[str(error)] += 1
             continue
-        text = text.removesuffix(prompt_end) + prompt_end
+        except jinja2.TemplateError as error:
+            left_out[f"that the chat template refuses: {error} (--system none gives no system message)"] += 1
+            continue
         prompt = []
         if len(text) <= 100 * max_prompt:  # a tokenizer may take minutes for megabytes
-            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompt = codec.tokens(text)
         if not 0 < len(prompt) <= max_prompt:
             left_out[f"with a prompt of more than --max_prompt {max_prompt} tokens"] += 1
         elif text in seen and "response" not in row:  # responses to one problem are samples
             left_out["that another row repeats"] += 1
         else:
             seen.add(text)
-            part = str(row.get("data_source") or Path(source).stem)
-            problems.append(Problem(index, text, prompt, answer, demonstration, part, row))
+            unread += demonstration is None
+            problems.append(Problem(index, text, prompt, answer, codec.until_end(demonstration or ""),
+                                    str(row.get("data_source") or part or Path(source).stem), row))
     answers = sorted({problem.answer for problem in problems})
     verdicts = dict(zip(answers, verifier(answers, [f"</think>\\boxed{{{answer}}}" for answer in answers])))
     left_out["whose answer math-verify does not find equal to itself"] = sum(
@@ -121,6 +149,8 @@ def load_problems(source: str, rows: list[dict], tokenizer, verifier, max_prompt
     for reason, count in left_out.items():
         if count:
             print(f"{source}: left out {count} of {len(rows)} rows {reason}")
+    if unread:
+        print(f"{source}: left out {unread} demonstrations that are neither text nor chat messages")
     leave_out_demonstrations(source, problems, verifier)
     if not problems:
         fail(f"{source}: none of its {len(rows)} rows can be used")
@@ -150,16 +180,46 @@ def read_data(args: Args) -> tuple[list[dict], list[tuple[str, int, list[dict]]]
     for source in filter(None, args.eval_data.split(",")):
         name, samples = re.fullmatch(r"(.+?)(?:@(\d+))?", source).groups()
         check(f"--eval_data {source}: the number of samples", int(samples or 1), 1)
+        if samples and int(samples) > 1 and args.eval_temperature == 0:
+            fail(f"--eval_data {source}: at --eval_temperature 0 all {samples} responses are the same")
+        if name in [other for other, _, _ in held_out]:
+            fail(f"--eval_data names {name} twice")
         held_out.append((name, int(samples or 1), read_rows(name, held_out=True)))
     return [] if args.eval_only else read_rows(args.data), held_out
 
 
-def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
+def fingerprint(train_rows: list[dict], held_out_rows: list[tuple[str, int, list[dict]]]) -> str:
+    """What tells the rows that read_data has read from others."""
+    digest = hashlib.sha256()
+    for row in train_rows + [row for _, _, rows in held_out_rows for row in rows]:
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def slice_names(sources: list[str]) -> dict[str, str]:
+    """A name for each source: without folders and ending, as far as that tells it from the others."""
+    def name(source: str, depth: int) -> str:
+        path = Path(source)
+        whole = depth > len(path.parts)
+        return source if whole else "/".join([*path.parts[-depth:-1], path.stem])
+
+    depths = dict.fromkeys(sources, 1)
+    while True:
+        names = {source: name(source, depth) for source, depth in depths.items()}
+        taken = Counter(names.values())
+        if max(taken.values(), default=1) == 1:
+            return names
+        for source, shared in names.items():
+            depths[source] += taken[shared] > 1
+
+
+def load_data(args: Args, train_rows, held_out_rows, codec: Codec, verifier):
     """Problems to train on and held-out problems (lists of Problem) from what read_data has read."""
-    options = {"system": args.system or SYSTEM, "prompt_end": args.prompt_end}
+    none = args.system == "none" or args.system.isspace()
+    options = {"system": "" if none else args.system or SYSTEM, "prompt_end": args.prompt_end}
     problems = []
     if not args.eval_only:
-        problems = load_problems(args.data, train_rows, tokenizer, verifier, args.max_prompt, **options)
+        problems = load_problems(args.data, train_rows, codec, verifier, args.max_prompt, **options)
         row = problems[0].row
         if not args.system and isinstance(row.get("prompt"), list) and row["prompt"][0]["role"] == "system":
             options["system"] = row["prompt"][0]["content"]  # tested in the words in which it is trained
@@ -170,8 +230,9 @@ def load_data(args: Args, train_rows, held_out_rows, tokenizer, verifier):
         held_out = {problem.text: problem for problem in problems if problem.text in texts}
         return [problem for problem in problems if problem.text not in texts], list(held_out.values())
     held_out = []
+    names = slice_names([name for name, _, _ in held_out_rows])
     for name, samples, rows in held_out_rows:
-        part = load_problems(name, rows, tokenizer, verifier, args.max_prompt, **options)
+        part = load_problems(name, rows, codec, verifier, args.max_prompt, part=names[name], **options)
         for problem in part:
             problem.samples = samples
         held_out += part

@@ -28,7 +28,7 @@ class Record:
         self.folder = self.choose_folder()
         self.sums = defaultdict(lambda: [0.0, 0])
         self.stop_signal = 0
-        self.bar = None
+        self.bar, self.rows = None, ""
 
     # ---- the folder
     def choose_folder(self) -> Path:
@@ -63,8 +63,13 @@ class Record:
             fail(f"{folder} was begun with other arguments: "
                  + ", ".join(f"{key} {old.get(key)}, not {new[key]}" for key in changed))
 
-    def open(self):
-        """Makes the folder."""
+    def open(self, rows: str = ""):
+        """Makes the folder. rows: fingerprint of the data; a run that goes on needs the same."""
+        self.rows = rows
+        if self.args.resume:
+            before = json.loads((self.folder / "args.json").read_text()).get("rows", rows)
+            if before != rows:
+                fail(f"{self.folder} was begun with other data: --data or --eval_data has other rows now")
         try:
             self.folder.mkdir(parents=True, exist_ok=self.args.resume)
             self.write_arguments()
@@ -72,7 +77,7 @@ class Record:
             fail(f"{self.folder} cannot be written: {error.strerror}")
 
     def write_arguments(self):
-        settings = self.settings() | {"name": self.folder.name, "resume": False}
+        settings = self.settings() | {"name": self.folder.name, "resume": False, "rows": self.rows}
         (self.folder / "args.new").write_text(json.dumps(settings, indent=2))
         os.replace(self.folder / "args.new", self.folder / "args.json")  # whole or not at all
 
@@ -115,7 +120,7 @@ class Record:
         sample = self.describe(step, row, codec)
         self.append("samples.jsonl", sample)
         if step % 10 == 1:
-            tqdm.write(f"--- a sample of step {step}, reward {row.reward:.0f}\n"
+            tqdm.write(f"--- a sample of step {step}, reward {row.reward:g}\n"
                        f"{sample['prompt']}{sample['response'][:1000]}\n---")
 
     def write_skipped(self, step: int, update: int, rows: list[Row], codec: Codec) -> Path:

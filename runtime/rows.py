@@ -1,8 +1,12 @@
 """What travels through the loop: a problem, a response to it as a row, and rows as the tensors of a batch."""
+import re
 from dataclasses import dataclass
 
+import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from runtime.flags import fail
 
 
 @dataclass(eq=False)
@@ -69,21 +73,108 @@ def micro_batches(rows: list[Row], micro_tokens: int) -> list[list[Row]]:
 
 
 class Codec:
-    """Between text and tokens, in one place for sampler, trainer and demonstrations."""
+    """Between text and tokens, and what ends a response: one place for sampler, trainer and demonstrations.
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+    ends: ids that end a response, `end` first, then whatever else the tokenizer and the model's
+        generation_config call EOS.
+    end: the special token with which the chat template closes an assistant's turn, else the tokenizer's EOS;
+        a demonstration ends with it.
+    bos: text of the token that the tokenizer puts before every text by itself; empty if it does not.
+    size: rows of the model's embedding, which has nothing for ids beyond them. None: not known.
+    """
+
+    def __init__(self, tokenizer, generation_config=None, size: int | None = None):
+        self.tokenizer, self.size = tokenizer, size
+        self.judged_whole = False  # see `judged`
+        configured = getattr(generation_config, "eos_token_id", None)
+        configured = configured if isinstance(configured, list) else [configured]
+        ids = dict.fromkeys([end_of_turn(tokenizer), tokenizer.eos_token_id, *configured])
+        self.ends = [id for id in ids if id is not None and (size is None or id < size)]
+        if not self.ends:
+            fail(f"{tokenizer.name_or_path}: its tokenizer has no EOS token that the model's embedding has "
+                 "too, so no response could end")
+        self.end = self.ends[0]
+        special = [id for id in self.ends if is_special(tokenizer, id)]
+        self.end_texts = tokenizer.convert_ids_to_tokens(special)
+        adds_bos = tokenizer("1")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.bos = tokenizer.bos_token if adds_bos else ""
 
     def ended(self, row: Row) -> bool:
         """Has the response its EOS, or was it cut?"""
-        return row.response[-1] == self.eos
+        return row.response[-1] in self.ends
 
     def text(self, row: Row) -> str:
         """The response without its EOS."""
         return self.tokenizer.decode(row.response[:-1] if self.ended(row) else row.response)
 
+    def judged(self, row: Row, text: str) -> str:
+        """What of a response's text the verifier gets, which looks behind the last </think>.
+
+        Nothing of a response that was cut. With `judged_whole` it may look everywhere.
+        """
+        if not self.ended(row):
+            return ""
+        return "</think>" + text if self.judged_whole else text
+
+    def until_end(self, text: str) -> str:
+        """A response's text up to the first EOS that is written in it."""
+        for token in self.end_texts:
+            text = text.partition(token)[0]
+        return text
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: nothing is put before or behind it."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.size is not None and max(ids, default=0) >= self.size:
+            name = self.tokenizer.convert_ids_to_tokens(max(ids))
+            fail(f"the tokenizer gives {name!r} the id {max(ids)}, but the model's embedding has only "
+                 f"{self.size} rows: use the model's own tokenizer, or resize the embedding")
+        return ids
+
+    def behind(self, problem: Problem, response: str) -> str:
+        """The response's text as it follows the prompt: without a <think> that the prompt has already."""
+        opened, repeated = re.search(r"<think>(\s*)\Z", problem.text), re.match(r"\s*<think>", response)
+        if opened and repeated:
+            response = response[repeated.end():]
+            response = response.lstrip() if opened[1] else response
+        return response
+
     def encode(self, problem: Problem, response: str) -> list[int]:
-        """Token ids of a response, with EOS, and without a leading <think> that the prompt has already."""
-        if problem.text.rstrip().endswith("<think>"):
-            response = response.removeprefix("<think>\n")
-        return self.tokenizer(response, add_special_tokens=False)["input_ids"] + [self.eos]
+        """Token ids of a response as the policy would write it after the prompt, with one EOS, which is last.
+
+        It is tokenized in one text with the prompt, whose ids are cut off. Where a token would reach over the
+        seam, so that the prompt's ids would be others, it is tokenized behind a line break or else alone.
+        """
+        response = self.behind(problem, response)
+        for before in (problem.text, "\n", ""):
+            start, whole = self.tokens(before), self.tokens(before + response)
+            if whole[:len(start)] == start:
+                break
+        ids = whole[len(start):]
+        return ids[:next((place for place, id in enumerate(ids) if id in self.ends), None)] + [self.end]
+
+    def count_fitting(self, problems: list[Problem], limit: int) -> int:
+        """How many have a demonstration of at most `limit` tokens with EOS; many at a time, which is fast."""
+        fitting = 0
+        for start in range(0, len(problems), 256):
+            part = problems[start:start + 256]
+            texts = [problem.text + self.behind(problem, problem.demonstration) for problem in part]
+            ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            fitting += sum(len(whole) - len(problem.prompt) + 1 <= limit for whole, problem in zip(ids, part))
+        return fitting
+
+
+def is_special(tokenizer, id: int) -> bool:
+    return id in tokenizer.all_special_ids or id in tokenizer.added_tokens_decoder
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template puts behind an assistant's message; None if it puts none."""
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (ValueError, TypeError, jinja2.TemplateError):  # a template for other conversations
+        return None
+    _, answer, behind = text.rpartition("the answer")
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if answer and ids and is_special(tokenizer, ids[0]) else None

@@ -53,8 +53,9 @@ class TransformersSampler:
     """
 
     @torch.no_grad()
-    def __init__(self, model, tokenizer):
-        self.model, self.pad, self.eos = model, tokenizer.pad_token_id, [tokenizer.eos_token_id]
+    def __init__(self, model, tokenizer, ends: list[int] | None = None):
+        """ends: ids that end a response; None: the tokenizer's EOS."""
+        self.model, self.pad, self.eos = model, tokenizer.pad_token_id, ends or [tokenizer.eos_token_id]
         self.accepted = inspect.signature(model.forward).parameters
         model.generation_config = transformers.GenerationConfig(  # no top_k, min_p or penalty of its own
             eos_token_id=self.eos, pad_token_id=self.pad)
@@ -140,15 +141,19 @@ class TransformersSampler:
 class VLLMSampler:
     """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
 
-    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float):
-        """An engine for the model's architecture. Its weights are random until update() hands them over."""
+    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float,
+                 ends: list[int] | None = None):
+        """An engine for the model's architecture. Its weights are random until update() hands them over.
+
+        ends: ids that end a response; None: the tokenizer's EOS.
+        """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the import reads both
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             import vllm
         except ImportError as error:
             fail(f"--rollout vllm: vLLM cannot be imported: {error}")
-        self.settings, self.eos = vllm.SamplingParams, tokenizer.eos_token_id
+        self.settings, self.eos = vllm.SamplingParams, ends or [tokenizer.eos_token_id]
         self.on_cpu = model.device.type == "cpu"
         if self.on_cpu:  # after a chunk of a prompt a seed's generator is rewound, which only CUDA's can
             options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30,
@@ -172,8 +177,8 @@ class VLLMSampler:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         settings = [self.settings(
             temperature=temperature, max_tokens=max_tokens, logprobs=0, detokenize=False,
-            seed=(seed * 1_000_003 + index) % 2**63,     # of its own, whatever else is in the batch
-            ignore_eos=True, stop_token_ids=[self.eos],  # the trainer's, and none of generation_config.json
+            seed=(seed * 1_000_003 + index) % 2**63,   # of its own, whatever else is in the batch
+            ignore_eos=True, stop_token_ids=self.eos,  # what ends a response for the trainer, no more
         ) for index in range(len(prompts))]
         self.engine.wake_up()
         results = self.engine.generate(requests, settings, use_tqdm=False)
@@ -205,9 +210,10 @@ class Sampler:
             engine = "vllm" if policy.device.type == "cuda" and find_spec("vllm") else "transformers"
         if engine == "vllm":
             length = args.max_prompt + max(args.max_response, args.eval_response)
-            self.engine = VLLMSampler(policy.model, policy.tokenizer, length, args.gpu_memory_utilization)
+            self.engine = VLLMSampler(policy.model, policy.tokenizer, length, args.gpu_memory_utilization,
+                                      policy.codec.ends)
         else:
-            self.engine = TransformersSampler(policy.model, policy.tokenizer)
+            self.engine = TransformersSampler(policy.model, policy.tokenizer, policy.codec.ends)
 
     def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int) -> list[Row]:
         """One response to each problem, of at most max_tokens tokens, EOS included."""

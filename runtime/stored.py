@@ -14,6 +14,32 @@ class Demonstrations:
 
     def __init__(self, args, problems: list[Problem], codec: Codec, state: dict, log):
         self.args, self.problems, self.codec, self.state, self.log = args, problems, codec, state, log
+        self.number = self.count_fitting()
+
+    def count_fitting(self) -> int:
+        """How many fit in L tokens; says how many do not, and if there is none."""
+        problems = [problem for problem in self.problems if problem.demonstration]
+        fitting, limit = self.codec.count_fitting(problems, self.args.max_response), self.args.max_response
+        if fitting < len(problems):
+            print(f"{self.args.data}: {len(problems) - fitting} of {len(problems)} demonstrations have more "
+                  f"than --max_response {limit} tokens and will be left out")
+        if self.problems and not fitting:
+            print(f"{self.args.data}: no problem has a demonstration that can be used")
+        return fitting
+
+    def require(self, share: float, beside: int, weight: float):
+        """Ends the run at its start if none fits, or if `share` of a step's rows is none beside its rollouts.
+
+        Unless their largest weight is 0: then none is needed.
+        """
+        if not weight:
+            return
+        if not self.number:
+            fail(f"{self.args.data}: no problem has a demonstration that fits in --max_response "
+                 f"{self.args.max_response}")
+        if round(share / (1 - share) * beside) == 0:
+            fail(f"--expert_share {share}: beside {beside} rollouts this rounds to no demonstration; raise "
+                 "it, --prompts or --n")
 
     def of(self, problem: Problem) -> Row | None:
         """A problem's demonstration with EOS; None without one or, counted, if it has more than L tokens."""
@@ -63,7 +89,8 @@ class KeptRows:
         with open(self.path, "a", encoding="utf-8") as file:
             for row in ended:
                 kept = {"answer": row.problem.answer, "response": self.codec.text(row)}
-                file.write(json.dumps({"problem": row.problem.text} | row.problem.row | kept) + "\n")
+                line = {"problem": row.problem.text} | row.problem.row | kept
+                file.write(json.dumps(line, default=str) + "\n")  # str: of dates and decimals
         tqdm.write(f"saved {len(ended)} of {len(rows)} responses in {self.path}; the others were cut")
 
     def read(self, source: str, max_response: int) -> list[Row]:
@@ -77,4 +104,15 @@ class KeptRows:
               f"{len(rows) - len(fitting)} responses of more than {max_response} tokens")
         if not fitting:
             fail(f"--offline {source}: no response can be used")
+        self.look_for_thinking(source, fitting)
         return fitting
+
+    def look_for_thinking(self, source: str, rows: list[Row]):
+        """Says what becomes of responses without a </think>, behind which the answer is looked for."""
+        without = sum("</think>" not in self.codec.text(row) for row in rows)
+        self.codec.judged_whole = without == len(rows)
+        if self.codec.judged_whole:
+            print(f"{source}: none of {len(rows)} responses has a </think>: a boxed answer counts wherever "
+                  "it is, in evaluation too; --prompt_end '' leaves <think> out of the prompt")
+        elif without:
+            print(f"{source}: {without} of {len(rows)} responses have no </think>: they count as wrong")

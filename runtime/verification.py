@@ -130,8 +130,8 @@ class Verifier:
         Returns the responses' texts and their verdicts.
         """
         texts = [codec.text(row) for row in rows]
-        ended = [text if codec.ended(row) else "" for row, text in zip(rows, texts)]
-        verdicts = self([row.problem.answer for row in rows], ended)
+        judged = [codec.judged(row, text) for row, text in zip(rows, texts)]
+        verdicts = self([row.problem.answer for row in rows], judged)
         for row, verdict in zip(rows, verdicts):
             row.reward = float(verdict == RIGHT)
         return texts, verdicts

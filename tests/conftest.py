@@ -21,6 +21,7 @@ import transformers  # noqa: E402
 import common  # noqa: E402
 from common import Run  # noqa: E402
 from runtime import toy  # noqa: E402
+from runtime.verification import Verifier  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors lose by threads
 transformers.utils.logging.disable_progress_bar()
@@ -170,6 +171,20 @@ def make_run(command_line):
     yield make
     for run in runs:
         run.verifier.close()
+
+
+@pytest.fixture(scope="session")
+def one_verifier():
+    verifier = Verifier(workers=2)
+    close, verifier.close = verifier.close, lambda: None  # at the end of a run it stays, for the next one
+    yield verifier
+    close()
+
+
+@pytest.fixture
+def shared_verifier(one_verifier, monkeypatch):
+    """All runs of all tests that use this ask the same processes, which take seconds to start."""
+    monkeypatch.setattr(common, "Verifier", lambda *arguments: one_verifier)
 
 
 def run_script(script: str, *flags: str, cwd: Path, seconds: float = 600):

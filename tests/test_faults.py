@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime.problems import load_problems, read_rows
+from runtime.rows import Codec
 from runtime.verification import RIGHT, Verifier
 
 # ------------------------------------------------------------------------------------------ kill and resume
@@ -226,7 +227,7 @@ def verifier():
 def test_rows_of_anything_end_in_problems_or_in_one_line(rows, verifier, tiny_tokenizer, capsys):
     good = {"problem": "a=1;a?", "answer": "1"}
     try:
-        problems = load_problems("rows", [*rows, good], tiny_tokenizer, verifier, 60)
+        problems = load_problems("rows", [*rows, good], Codec(tiny_tokenizer), verifier, 60)
     except SystemExit as error:
         assert error.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
@@ -244,7 +245,7 @@ def tiny_tokenizer(tiny_model):
 def test_ten_megabytes_in_a_field_cost_nothing(verifier, tiny_tokenizer, capsys):
     rows = [{"problem": "a" * 10_000_000, "answer": "1"}, {"problem": "a=1;a?", "answer": "1" * 10_000_000},
             {"problem": "b=1;b?", "answer": "1"}]
-    assert [problem.index for problem in load_problems("rows", rows, tiny_tokenizer, verifier, 60)] == [2]
+    assert [problem.index for problem in load_problems("rows", rows, Codec(tiny_tokenizer), verifier, 60)] == [2]
     assert capsys.readouterr().out.count("left out 1 of 3 rows") == 2
 
 
@@ -263,7 +264,7 @@ def test_windows_files_and_rows_of_both_schemas_are_read(tmp_path, verifier, tin
     rows = [{"problem": "a=1;a?", "answer": "1"}, chat, {"problem": "c=3;c?", "answer": "x"}]
     text = "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n"
     (tmp_path / "rows.jsonl").write_bytes(text.encode())
-    problems = load_problems("rows", read_rows(str(tmp_path / "rows.jsonl")), tiny_tokenizer, verifier, 60)
+    problems = load_problems("rows", read_rows(str(tmp_path / "rows.jsonl")), Codec(tiny_tokenizer), verifier, 60)
     assert [problem.answer for problem in problems] == ["1", "2", "x"]
     assert not any("\r" in problem.text for problem in problems)
 

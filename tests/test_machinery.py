@@ -168,7 +168,7 @@ def test_a_saved_model_ends_its_responses_as_it_was_trained_to(make_policy, tiny
     policy = make_policy("--model", save_model(model, tmp_path / "other_eos"))
     policy.save(tmp_path / "model")
     saved = transformers.GenerationConfig.from_pretrained(tmp_path / "model")
-    assert saved.eos_token_id == policy.tokenizer.eos_token_id != 5
+    assert saved.eos_token_id == policy.codec.ends == [policy.tokenizer.eos_token_id, 5]
 
 
 # --------------------------------------------------------------------------------------- rollout and verify
