@@ -48,7 +48,7 @@ import datasets
 import torch
 import transformers
 
-from runtime import memory
+from runtime import memory, processes
 from runtime.evaluation import evaluate
 from runtime.policy import Policy, choose_device
 from runtime.problems import draw, fingerprint, load_data, read_data
@@ -70,19 +70,25 @@ class Run:
             logging.disable_progress_bar()
             logging.set_verbosity(logging.CRITICAL)  # what matters is said here, in one line
         self.args, self.device = args, choose_device(args)
+        if args.prompts < processes.world():
+            fail(f"--prompts {args.prompts} are fewer than the {processes.world()} processes that sample for them")
         self.record = Record(args)
         if args.dry_run:
             memory.dry_run(args, self.record.script, self.device)
-        rows = read_data(args)  # first what fails fast, then the model
+        if self.device.type == "cuda":
+            memory.check(args, self.record.script, torch.cuda.get_device_properties(self.device).total_memory)
+        with processes.first_of_machine_ahead():
+            rows = read_data(args)  # first what fails fast, then the model
         self.policy = Policy(args, self.device)
         self.codec = self.policy.codec
-        self.verifier = OwnReward(args.reward) if args.reward else Verifier()
+        self.verifier = (OwnReward(args.reward) if args.reward
+                         else Verifier(processes.workers(), processes.spread))
         self.train, self.held_out = load_data(args, *rows, self.codec, self.verifier)
         self.record.open(fingerprint(*rows))
         self.step, self.skipped = 0, 0  # steps so far; updates skipped in a row
         self.state = {}  # what a method keeps between steps, of plain values and tensors: checkpoints have it
         self.resume()
-        self.log = self.record.log
+        self.log, self.log_own = self.record.log, self.record.log_own  # of all rows; of this process's
         self.demonstrations = Demonstrations(args, self.train, self.codec, self.state, self.log)
         self.kept = KeptRows(self.train, self.codec, self.state, self.record.folder / "rollouts.jsonl")
         self.sampler = Sampler(args, self.policy)
@@ -92,7 +98,7 @@ class Run:
         """Takes up the last checkpoint, if there is one."""
         saved = self.record.load()
         if saved:
-            self.policy.load(saved["policy"])
+            self.policy.load(saved["updates"], saved["optimizers"], self.record.read_tensors)
             self.step, self.skipped, self.state = saved["step"], saved["skipped"], saved["state"]
 
     def steps(self, plan: str = ""):
@@ -167,18 +173,23 @@ class Run:
         """
         with self.record.timer("scoring"):
             self.policy.model.eval()
-            for part in micro_batches(rows, self.args.micro_tokens):
+            scored = {}  # this process's rows
+            for part in micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world()):
                 logp, entropy = self.policy.logprobs(collate(part, self.device), entropy=True)
                 for row, row_logp, row_entropy in zip(part, logp.cpu(), entropy.cpu()):
                     size = len(row.response)
-                    row.old_logp = row_logp[:size]
+                    scored[row] = row_logp[:size].clone()
                     if row.is_demo:
-                        self.log("demonstrations/probability", row.old_logp.exp().sum(), size)
+                        self.log_own("demonstrations/probability", scored[row].exp().sum(), size)
                     else:
-                        self.log("entropy", row_entropy.sum(), size)
+                        self.log_own("entropy", row_entropy.sum(), size)
                     if row.sampler_logp:
-                        gap = (row.old_logp - torch.tensor(row.sampler_logp)).abs()
-                        self.log("sampler_gap", gap.sum(), size)
+                        gap = (scored[row] - torch.tensor(row.sampler_logp)).abs()
+                        self.log_own("sampler_gap", gap.sum(), size)
+            numbered = {number: scored[row] for number, row in enumerate(rows) if row in scored}
+            for part in processes.gather(numbered):
+                for number, old_logp in part.items():
+                    rows[number].old_logp = old_logp
 
     def minibatches(self, rows: list[Row]) -> list[list[Row]]:
         """The rows of each of the --updates optimiser steps: every --updates-th, so groups are spread out."""
@@ -194,7 +205,7 @@ class Run:
         rows = [row for row in minibatch if (row.advantage or entropy_bonus) and row not in masked]
         if self.args.mask_cut:
             self.log("response/masked", len(masked), 0)
-        for part in micro_batches(rows, self.args.micro_tokens):
+        for part in micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world()):
             yield collate(part, self.device)
 
     def logprobs(self, batch: Batch, entropy_bonus: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,10 +222,10 @@ class Run:
     def backward(self, loss: torch.Tensor, metrics: dict):
         """Adds the loss's gradient to the mini-batch's; logs the loss and metrics {name: (sum, count)}."""
         with self.record.timer("update"):
-            loss.backward()
-        self.log("loss", loss, 0)
+            self.policy.backward(loss)
+        self.log_own("loss", loss, 0)
         for name, (total, count) in metrics.items():
-            self.log(name, total, count)
+            self.log_own(name, total, count)
 
     def optimizer_step(self, minibatch: list[Row], moments: str = "rl", max_grad_norm: float | None = None):
         """Scales the gradient to --max_grad_norm if it is longer, and takes a step of AdamW.
@@ -244,12 +255,12 @@ class Run:
         if last or self.step % args.eval_every == 0:
             metrics |= self.evaluate()
         self.record.write_metrics(self.step, metrics)
-        stopped = self.record.stop_signal
+        stopped = max(processes.gather(self.record.stop_signal))
         if last or stopped or args.save_every and self.step % args.save_every == 0:
             self.save()
         if stopped and not last:
             self.verifier.close()
-            self.record.end_early(self.step)
+            self.record.end_early(self.step, stopped)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy per slice of the held-out problems."""
@@ -258,8 +269,9 @@ class Run:
 
     def save(self):
         """Writes the checkpoint, from which --resume goes on."""
-        self.record.save({"step": self.step, "skipped": self.skipped, "state": self.state,
-                          "policy": self.policy.state()})
+        values = {"step": self.step, "skipped": self.skipped, "state": self.state,
+                  "updates": self.policy.updates, "optimizers": list(self.policy.optimizers)}
+        self.record.save(self.step, values, self.policy.state())
 
     def end(self):
         """Writes model/ in Hugging Face format and says what was learnt."""

@@ -33,7 +33,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
-from runtime import policy, toy  # noqa: E402
+from runtime import policy, processes, toy  # noqa: E402
 from runtime.flags import fail  # noqa: E402
 from runtime.rows import Row, collate, micro_batches  # noqa: E402
 
@@ -163,31 +163,29 @@ def random_rows(vocabulary: int, prompt: int, responses: list[int]) -> list[Row]
     return rows
 
 
-def take_step(model, optimizer, rows: list[Row], args):
+def take_step(trained: policy.Policy, rows: list[Row], args):
     """An optimiser step, as a run of grpo.py takes it."""
-    model.train()
+    trained.model.train()
     for part in micro_batches(rows, args.micro_tokens):
         batch = collate(part, DEVICE)
-        logp, _ = policy.logprobs(model, batch, args.temperature)
+        logp, _ = trained.logprobs(batch)
         normaliser = len(rows) * args.max_response
         loss, _ = grpo.grpo_loss(logp, batch.old_logp, batch.advantages, batch.mask, normaliser)
-        loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        trained.backward(loss)
+    norm = trained.step("rl", args.max_grad_norm)
     if not 0 < norm < math.inf:
         raise ArithmeticError(f"a gradient of norm {norm} is none")
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def update(size, folder):
     defaults = {f.name: f.metadata["real"] if f.default is None else f.default for f in fields(grpo.Args)}
     args = grpo.Args(**defaults | {"model": random_model(size.config, folder), "max_prompt": size.prompt,
                                    "max_response": size.response, "eval_response": size.response})
-    model, _ = policy.load_model(args, DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
-                                  weight_decay=args.weight_decay)
+    processes.start()
+    trained = policy.Policy(args, DEVICE)
+    model = trained.model
     rows = random_rows(model.config.vocab_size, size.prompt, [size.response] * size.rows)
-    seconds = timed(lambda: take_step(model, optimizer, rows, args), size.updates)
+    seconds = timed(lambda: take_step(trained, rows, args), size.updates)
     rate = size.rows * (size.prompt + size.response) / statistics.median(seconds)
     flops = flops_per_token(model, size.prompt, size.response)
     yield "rows", size.rows
@@ -204,7 +202,7 @@ def update(size, folder):
     # Rows of one length need no padding, those of a run do. Padding does not count among the tokens.
     lengths = [size.response * (number + 1) // size.rows for number in range(size.rows)]
     rows = random_rows(model.config.vocab_size, size.prompt, lengths)
-    seconds = timed(lambda: take_step(model, optimizer, rows, args), size.updates)
+    seconds = timed(lambda: take_step(trained, rows, args), size.updates)
     yield "tokens_per_second_uneven", (size.rows * size.prompt + sum(lengths)) / statistics.median(seconds)
 
 

@@ -5,7 +5,7 @@
 
 On the CPU everything but timings must be the same to the bit: metrics.jsonl, samples.jsonl, final weights.
 A checkpoint is written after every step; every other kill waits for the writing of one to begin, the others
-come at random moments. A checkpoint/state.new that a kill leaves behind shows that it fell into the writing.
+come at random moments. A checkpoint/new that a kill leaves behind shows that it fell into the writing.
 """
 import argparse
 import json
@@ -48,7 +48,7 @@ def start(script: str, model: Path, folder: Path, *flags: str) -> subprocess.Pop
 
 
 def changed(path: Path) -> int:
-    """When a file was written to, 0 if there is none."""
+    """When a file was written to, or one came into a folder; 0 if there is none."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -57,7 +57,7 @@ def changed(path: Path) -> int:
 
 def kill(process: subprocess.Popen, run: Path, in_writing: bool, rng: random.Random) -> bool:
     """Kills it some time after it has logged a step. Has it left a checkpoint half written?"""
-    log, new = run / "metrics.jsonl", run / "checkpoint" / "state.new"
+    log, new = run / "metrics.jsonl", run / "checkpoint" / "new"
     while process.poll() is None and not log.exists():
         time.sleep(0.01)
     size, old = log.stat().st_size if log.exists() else 0, changed(new)

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from tqdm import tqdm
 
+from runtime import processes
 from runtime.verification import NAMES, boxed_answer
 
 
@@ -73,7 +74,8 @@ def evaluate(args, step: int, held_out, sampler, verifier, codec, path) -> dict[
     problems = [problem for problem in held_out for _ in range(problem.samples)]
     rows = sampler.rows(problems, args.eval_response, args.eval_temperature, args.seed)
     texts, verdicts = verifier.judge(rows, codec)
-    write_answers(path, step, rows, texts, verdicts)
+    if processes.first():
+        write_answers(path, step, rows, texts, verdicts)
     summary = summarise(rows)
     shown = ", ".join(f"{name} {figures['accuracy']:.3f}" for name, figures in summary.items())
     tqdm.write(table(summary) if args.eval_only else f"step {step}: {shown or 'no problems are held out'}")

@@ -1,6 +1,7 @@
 """Flags: what all scripts share, in groups; how they are read; and how a mistake ends in one clear line."""
 import argparse
 import ast
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ GROUPS = {  # of --help; every flag stands in one, a method's own in the last
     "sampling": "temperature rollout gpu_memory_utilization",
     "evaluation": "eval_every eval_response eval_temperature eval_only",
     "run": "name resume seed save_every",
-    "machine": "device micro_tokens dry_run",
+    "machine": "device offload micro_tokens dry_run",
     "this method": "",
 }
 
@@ -29,12 +30,22 @@ def say(message: str):
 
 def fail(message: str):
     """For the user's mistakes: one line that says what is wrong, where and what to do; exit code 2."""
-    say(f"{Path(sys.argv[0]).name}: error: {message}")
+    line = f"{Path(sys.argv[0]).name}: error: {message}"
+    if "torch" not in sys.modules:  # flags are read before it is imported: no process waits for this one yet
+        say(line)
+        raise SystemExit(2)
+    from runtime import processes
+    processes.end_all(2, lambda: say(line))
     raise SystemExit(2)
 
 
 def explain(kind, error, trace):
     """For what goes wrong later (sys.excepthook): one line where it is enough. The last checkpoint stays."""
+    from runtime import processes
+    processes.end_all(1, lambda: describe(kind, error, trace))
+
+
+def describe(kind, error, trace):
     import torch
     from safetensors import SafetensorError
     cause = error
@@ -46,6 +57,9 @@ def explain(kind, error, trace):
         say(f"ended by the system: {cause}; --resume goes on from the last checkpoint, if there is one")
     elif issubclass(kind, KeyboardInterrupt):
         say("interrupted")
+    elif "gloo" in str(error) or "NCCL" in str(error):  # its own reason, if it had one, would stand here
+        say("another process of this run was killed, perhaps for its memory; --resume goes on from the last "
+            f"checkpoint, if there is one. {error}")
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -126,14 +140,25 @@ class Args:
 
     # machine
     device: str = flag("where the model is", "auto", choices=("auto", "cpu", "cuda"))
+    offload: bool = flag("weights, gradients and moments in host memory: slower, for a model too large for "
+                         "the cards", False)
     micro_tokens: int = flag("tokens of a micro-batch with padding; sets memory, not the gradient",
                              toy=2048, real=16384, least=1)
     dry_run: bool = flag("say what memory a GPU needs for this run, and stop", False)
 
 
 def parse(cls, doc: str) -> Args:
-    """Args of class `cls` from the command line; what cannot be right is one line and exit code 2."""
-    sys.excepthook = explain
+    """Args of class `cls` from the command line; what cannot be right is one line and exit code 2.
+
+    With torchrun this process joins the others.
+    """
+    from runtime import processes
+    processes.start()
+    sys.excepthook = explain  # after torch's, which puts a rank before every line
+    return read(cls, doc)
+
+
+def read(cls, doc: str) -> Args:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a letter that the locale has not is written as its number
             stream.reconfigure(errors="backslashreplace")
@@ -172,10 +197,11 @@ def parse(cls, doc: str) -> Args:
 def parse_early():
     """Reads the flags of the script that is run before it imports torch: --help or a typo wait for nothing.
 
-    Its class Args is taken from its source; main() parses again.
+    Its class Args is taken from its source; main() parses again. Of several processes the first does it.
     """
     script = Path(sys.argv[0]).resolve()
-    if script.suffix != ".py" or not script.is_relative_to(ROOT) or not script.is_file():
+    ours = script.suffix == ".py" and script.is_relative_to(ROOT) and script.is_file()
+    if not ours or os.environ.get("RANK", "0") != "0":
         return
     tree = ast.parse(script.read_text(encoding="utf-8"))
     if not any(isinstance(node, ast.ClassDef) and node.name == "Args" for node in tree.body):
@@ -183,7 +209,7 @@ def parse_early():
     needed = [node for node in tree.body if isinstance(node, (ast.Assign, ast.ClassDef))]
     names = {"common": SimpleNamespace(Args=Args), "dataclass": dataclass, "flag": flag}
     exec(compile(ast.Module(needed, []), str(script), "exec"), names)
-    parse(names["Args"], ast.get_docstring(tree))
+    read(names["Args"], ast.get_docstring(tree))
 
 
 def holds(args, condition: str) -> bool:

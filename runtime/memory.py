@@ -1,45 +1,60 @@
-"""What memory a GPU needs for a run: an estimate from the model's config, which needs no GPU and no weights.
+"""What memory a run needs on cards and machine: an estimate from the model's config, without either.
 
-Only the update counts. Who has 18 bytes a parameter for it (below) has 6 left while vLLM samples, since then
-there are no gradients and no cast weights: enough for its 2 bytes a parameter and a cache of twice that. So
-nothing is moved off the card but vLLM itself, which sleeps during the update.
+Update and sampling take turns. In the update vLLM sleeps; while it samples, there are no gradients and no
+layer is at work, and its share has to fit beside the weights and moments that stay on the card.
 """
+import os
+
 import torch
 import transformers
 
-from runtime import policy
+from runtime import policy, processes
+from runtime.flags import fail
 
 GIB = 1 << 30
 CARDS = (24, 48, 80)  # GiB, shown where there is no GPU
 USABLE = 0.9          # of a card; the rest goes to the CUDA context and to fragmentation
 
 
-def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1) -> dict[str, int]:
-    """{what: bytes} at the peak of an update on micro-batches of `micro_tokens` tokens with padding.
+def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1, cards: int = 1,
+          offload: bool = False) -> dict[str, int]:
+    """{what: bytes} on one of `cards` at the peak of an update on micro-batches of `micro_tokens` tokens.
 
-    Mixed precision: float32 weights, gradients and moments, bfloat16 matrix products. Of a layer only its
-    input is kept; in backward one layer at a time is computed again. 31 H + 8 I bytes a token is what
-    autograd then keeps of a Qwen2 layer (tests/test_memory.py counts them); the rest are gradients.
+    FSDP2: a card keeps its part of the float32 weights, gradients and moments, or with offload none of it.
+    Embedding and head are whole in bfloat16 during a pass, of the layers two, the next being fetched.
+    Gradients come in bfloat16 and are summed over cards in float32. Of a layer only its input is kept; in
+    backward one at a time is computed again. 20 H + 8 I bytes a token is what autograd then keeps of a Qwen2
+    layer (tests/test_memory.py counts them); the rest are gradients.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
+    hidden, layers, share = config.hidden_size, config.num_hidden_layers, 0 if offload else 1 / cards
     inner = getattr(config, "intermediate_size", 4 * hidden)
-    head = config.vocab_size * hidden
+    ends = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    layer = max(0, parameters - ends) // layers
     return {
-        "weights, float32": 4 * parameters,
-        "their gradients": 4 * parameters,
-        "moments of AdamW" + ", of both" * (optimizers == 2): 8 * parameters * optimizers,
-        "weights cast to bfloat16": 2 * parameters,
-        "inputs of the layers": 4 * layers * hidden * micro_tokens,
-        "inside one layer": (40 * hidden + 14 * inner) * micro_tokens,
-        "logits of a chunk, gradient of the head": 12 * policy.LOGIT_CHUNK * config.vocab_size + 8 * head,
+        "weights, float32": int(4 * parameters * share),
+        "their gradients": int(4 * parameters * share),
+        "moments of AdamW" + ", of both" * (optimizers == 2): int(8 * parameters * optimizers * share),
+        "embedding, head and two layers in bfloat16": 2 * ends + 2 * 2 * layer,
+        "their gradients, in bfloat16 and in float32": 6 * ends + 6 * layer,
+        "inputs of the layers": 2 * layers * hidden * micro_tokens,
+        "inside one layer": (28 * hidden + 14 * inner) * micro_tokens,
+        "logits of a chunk": 12 * policy.LOGIT_CHUNK * config.vocab_size,
     }
 
 
-def largest_micro_tokens(config, parameters: int, card: float, optimizers: int = 1) -> int:
-    """The largest --micro_tokens for a card of `card` bytes; 0 or less: the model cannot be trained on it."""
-    fixed = sum(parts(config, parameters, 0, optimizers).values())
-    per_token = sum(parts(config, parameters, 1, optimizers).values()) - fixed
+def largest_micro_tokens(config, parameters: int, card: float, optimizers: int = 1, cards: int = 1,
+                         offload: bool = False) -> int:
+    """The largest --micro_tokens for cards of `card` bytes; 0 or less: the model cannot be trained there."""
+    fixed = sum(parts(config, parameters, 0, optimizers, cards, offload).values())
+    per_token = sum(parts(config, parameters, 1, optimizers, cards, offload).values()) - fixed
     return int((USABLE * card - fixed) / per_token)
+
+
+def largest_share(parameters: int, card: float, optimizers: int = 1, cards: int = 1,
+                  offload: bool = False) -> float:
+    """The largest --gpu_memory_utilization beside what stays on the card while vLLM samples."""
+    stays = 0 if offload else (4 + 8 * optimizers) * parameters / cards
+    return max(0.0, USABLE - stays / card)
 
 
 def cache_tokens(config, parameters: int, share: float) -> int:
@@ -50,11 +65,59 @@ def cache_tokens(config, parameters: int, share: float) -> int:
     return int((share - 2 * parameters) / per_token)
 
 
+def verdict(config, parameters: int, card: float, args, optimizers: int = 1, cards: int = 1,
+            offload: bool = False) -> str:
+    """What `card` bytes are for a run with these args: enough, or what is too much for them."""
+    row = args.max_prompt + args.max_response
+    largest = largest_micro_tokens(config, parameters, card, optimizers, cards, offload)
+    share = largest_share(parameters, card, optimizers, cards, offload)
+    if largest <= args.max_prompt:
+        return "too small for this model"
+    if largest < row:
+        return f"too small for a row of {row} tokens: lower --max_response"
+    if cache_tokens(config, parameters, share * card) < row:
+        return "too small for vLLM's weights and cache beside what stays there"
+    if share < args.gpu_memory_utilization:
+        return f"--gpu_memory_utilization at most {share:.2f}"
+    if cache_tokens(config, parameters, args.gpu_memory_utilization * card) < row:
+        return f"raise --gpu_memory_utilization, up to {share:.2f}"
+    return "enough" if largest >= args.micro_tokens else "lower --micro_tokens"
+
+
+def host_bytes(parameters: int, optimizers: int = 1, cards: int = 1, offload: bool = False,
+               local: int = 1) -> int:
+    """Bytes of host memory on a machine with `local` of all `cards`.
+
+    Each process loads the whole model in float32 before it keeps its part. Later there are vLLM's weights,
+    which sleep there during the update, and with offload weights, gradients and moments.
+    """
+    kept = (8 + 8 * optimizers) * parameters * local // cards if offload else 0
+    return max(4 * parameters * local, 2 * parameters * local + kept)
+
+
 def count_parameters(config) -> int:
     """Of a model of this config, without its weights."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check(args, script: str, card: int):
+    """Ends the program with one line if the model cannot fit, whatever --micro_tokens and vLLM's share."""
+    if args.model == "toy":
+        return
+    config, cards, local = policy.load_config(args), processes.world(), processes.local_world()
+    parameters, optimizers = count_parameters(config), 2 if script == "relift" else 1
+    needed = sum(parts(config, parameters, 1, optimizers, cards, args.offload).values())
+    if needed > card:
+        advice = "more or larger cards" if args.offload else "more cards, or --offload"
+        fail(f"--model {args.model} needs {needed / GIB:.1f} GiB for an update on each of {cards} card(s) of "
+             f"{card / GIB:.0f} GiB, by the estimate of --dry_run: it takes {advice}")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = host_bytes(parameters, optimizers, cards, args.offload, local)
+    if args.offload and needed > host:
+        fail(f"--offload: {args.model} needs {needed / GIB:.0f} GiB of host memory, and this machine has "
+             f"{host / GIB:.0f}")
 
 
 def dry_run(args, script: str, device: torch.device):
@@ -65,24 +128,24 @@ def dry_run(args, script: str, device: torch.device):
     config = policy.load_config(args)
     parameters, optimizers = count_parameters(config), 2 if script == "relift" else 1
     config = config.get_text_config()  # of a composite model: what reads text
-    estimate = parts(config, parameters, args.micro_tokens, optimizers)
-    print(f"{script} on {args.model}, {parameters / 1e6:.0f}M parameters: GiB at the peak of an update")
+    numbers = [processes.world()] if processes.world() > 1 else [1, 8]
+    estimate = parts(config, parameters, args.micro_tokens, optimizers, numbers[0], args.offload)
+    print(f"{script} on {args.model}, {parameters / 1e6:.0f}M parameters: GiB at the peak of an update on "
+          f"{numbers[0]} card(s){', with --offload' * args.offload}")
     for name, size in (estimate | {"in all": sum(estimate.values())}).items():
         print(f"{size / GIB:7.1f}  {name}")
     cards = [torch.cuda.get_device_properties(device).total_memory] if device.type == "cuda" else \
             [card * GIB for card in CARDS]
     row = args.max_prompt + args.max_response
-    for card in cards:
-        largest = largest_micro_tokens(config, parameters, card, optimizers)
-        cache = cache_tokens(config, parameters, card * args.gpu_memory_utilization)
-        if largest >= args.micro_tokens:
-            verdict = "enough"
-        elif largest >= row:
-            verdict = "lower --micro_tokens"
-        elif largest > args.max_prompt:
-            verdict = f"too small for a row of {row} tokens: lower --max_response"
-        else:
-            verdict = "too small for this model"
-        print(f"a card of {card / GIB:.0f} GiB: {verdict}; --micro_tokens up to {max(0, largest):,}; "
-              f"vLLM's cache holds {max(0, cache) // row} responses of full length at once")
+    for number in numbers:
+        for card in cards:
+            largest = largest_micro_tokens(config, parameters, card, optimizers, number, args.offload)
+            share = largest_share(parameters, card, optimizers, number, args.offload)
+            cache = cache_tokens(config, parameters, card * min(share, args.gpu_memory_utilization))
+            said = verdict(config, parameters, card, args, optimizers, number, args.offload)
+            print(f"{'a card' if number == 1 else f'{number} cards'} of {card / GIB:.0f} GiB: {said}; "
+                  f"--micro_tokens up to {max(0, largest):,}; "
+                  f"vLLM's cache holds {max(0, cache) // row} responses of full length at once on each")
+        host = host_bytes(parameters, optimizers, number, args.offload, min(8, number))
+        print(f"host memory of a machine with {min(8, number)} card(s): {host / GIB:.0f} GiB")
     raise SystemExit(0)

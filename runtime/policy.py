@@ -1,10 +1,19 @@
-"""The policy: loading the model, log-probs of response tokens, optimisers, and writing the model out."""
+"""The policy: loading the model, FSDP2, log-probs of response tokens, optimisers, writing the model out."""
 import os
+import types
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from runtime import processes
 from runtime.flags import Args, fail
 from runtime.rows import Batch, Codec
 
@@ -20,7 +29,10 @@ PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
 def choose_device(args: Args) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.offload and device.type == "cpu" and not args.dry_run:
+        fail("--offload: without a card everything is in host memory: leave it out")
+    return device
 
 
 def load_config(args: Args):
@@ -70,7 +82,6 @@ def load_model(args: Args, device: torch.device):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         fail(f"--model {args.model} cannot be loaded: {error}")
-    model.to(device)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -78,6 +89,30 @@ def load_model(args: Args, device: torch.device):
     if device.type == "cuda":
         model.gradient_checkpointing_enable()
     return model, tokenizer
+
+
+def shard(model, device: torch.device, offload: bool):
+    """FSDP2: a process keeps its part of every weight, and has a layer whole only while that is at work.
+
+    On a card matrix products are in bfloat16; the weights that are kept, their gradients and what is summed
+    over processes are float32. offload: what is kept is in host memory, where the optimiser's step is taken.
+    """
+    options = {"mesh": init_device_mesh(device.type, (processes.world(),)),
+               "reshard_after_forward": True}  # the root's too: parameters() are those that are kept
+    if device.type == "cuda":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for module in list(model.modules()):
+        if isinstance(module, GradientCheckpointingLayer):  # a decoder's layer
+            fully_shard(module, **options)
+    fully_shard(model, **options)  # embedding, last norm and head, whole in its forward methods:
+    register_fsdp_forward_method(model, "logprobs")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process may have a part. If so, all of them have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy
@@ -105,9 +140,9 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, grad_h):
         hidden, weight, bias, *rows = ctx.saved_tensors
-        grad_hidden, grad_weight = [], torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        weight, bias = [part if part is None else part.to(hidden.dtype) for part in (weight, bias)]
+        dtype = rows[1].dtype  # float32 also for bfloat16 weights: it sums over many chunks
+        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
         parts = zip(*(part.split(LOGIT_CHUNK) for part in (hidden, *rows, grad_logp, grad_h)))
         for x, y, lse, h, g, g_h in parts:
             z = F.linear(x, weight, bias)
@@ -126,7 +161,8 @@ class TokenLogprobs(torch.autograd.Function):
                 grad_weight += d.T @ x
             if bias is not None:
                 grad_bias += d.sum(dim=0, dtype=grad_bias.dtype)
-        return torch.cat(grad_hidden), grad_weight, grad_bias, None, None, None
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
 def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entropy: bool = False):
@@ -135,54 +171,61 @@ def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entr
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) ids. Returns two (N,) tensors with gradient,
     the second of zeros without `entropy`. No more than LOGIT_CHUNK x V logits exist at a time.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return TokenLogprobs.apply(hidden, weight, bias, targets, temperature, entropy)
 
 
 def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
     """Log-probs of response tokens and entropy (zeros without `entropy`), both (B, T); 0 outside the mask."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        # Without a mask, which flash kernels do not take: padding is on the right, where no token looks.
-        output = model.base_model(input_ids=batch.tokens, use_cache=False)
-        row, _ = batch.mask.nonzero(as_tuple=True)            # (N,) for the N tokens in the mask
-        position = batch.positions[batch.mask]                # (N,)
-        hidden = output.last_hidden_state[row, position - 1]  # (N, H): what predicts them
-        targets, head = batch.tokens[row, position], model.get_output_embeddings()
-        flat = token_logprobs(hidden, head.weight, head.bias, targets, temperature, entropy)
-    zeros = torch.zeros(batch.mask.shape, dtype=flat[0].dtype, device=model.device)
+    # Without a mask, which flash kernels do not take: padding is on the right, where no token looks.
+    output = model.base_model(input_ids=batch.tokens, use_cache=False)
+    row, _ = batch.mask.nonzero(as_tuple=True)            # (N,) for the N tokens in the mask
+    position = batch.positions[batch.mask]                # (N,)
+    hidden = output.last_hidden_state[row, position - 1]  # (N, H): what predicts them
+    targets, head = batch.tokens[row, position], model.get_output_embeddings()
+    flat = token_logprobs(hidden, head.weight, head.bias, targets, temperature, entropy)
+    zeros = torch.zeros(batch.mask.shape, dtype=flat[0].dtype, device=hidden.device)
     return tuple(zeros.masked_scatter(batch.mask, part) for part in flat)
 
 
 # -------------------------------------------------------------------------------------------- the policy
 class Policy:
-    """The model that is trained, its tokenizer and its optimisers."""
+    """The model that is trained, its tokenizer and its optimisers.
+
+    On a card, and wherever there are several processes, FSDP2 holds it; on a CPU alone it is the plain model.
+    """
 
     def __init__(self, args: Args, device: torch.device):
         self.args, self.device = args, device
-        self.model, self.tokenizer = load_model(args, device)
+        with processes.first_of_machine_ahead():
+            self.dtype = load_config(args).dtype or torch.float32  # in which it came, and model/ is written
+            self.model, self.tokenizer = load_model(args, device)
         size = self.model.get_input_embeddings().weight.shape[0]
         self.codec = Codec(self.tokenizer, self.model.generation_config, size)
         if self.tokenizer.pad_token_id is None or self.tokenizer.pad_token_id >= size:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.codec.end)
-        self.model.generation_config = transformers.GenerationConfig(  # of model/; no sampling of its own
-            eos_token_id=self.codec.ends, pad_token_id=self.tokenizer.pad_token_id)
         if device.type == "cpu" and self.size() <= SMALL and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # two wait for each other, for ever when another process has a core
+        self.model.logprobs = types.MethodType(logprobs, self.model)
+        self.sharded = device.type == "cuda" or processes.world() > 1
+        if self.sharded:
+            shard(self.model, device, args.offload)
         self.updates = 0       # optimiser steps so far
         self.optimizers = {}   # by name: each has moments of its own over the same parameters
-        self.saved_moments = {}
 
     def size(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def logprobs(self, batch: Batch, entropy: bool):
-        """Log-probs and entropy (B, T), both at the sampling temperature."""
-        return logprobs(self.model, batch, self.args.temperature, entropy)
+    def logprobs(self, batch: Batch, entropy: bool = False, temperature: float | None = None):
+        """Log-probs and entropy (rows, T), both at the sampling temperature or another."""
+        return self.model.logprobs(batch, temperature or self.args.temperature, entropy)
+
+    def backward(self, loss: torch.Tensor):
+        """Adds a loss's gradient. FSDP2 takes the mean over processes, but a mini-batch's loss is a sum."""
+        (loss * processes.world()).backward()
 
     def check_ratio(self, batch: Batch, logp):
-        """Ends the run if before any update logp (B, T) is not what Run.score saw: then the ratio is not 1."""
+        """Ends the run if before any update logp (rows, T) is not what Run.score saw: the ratio is not 1."""
         scored = batch.mask & (batch.old_logp != 0).any(dim=1, keepdim=True)
         if self.updates or not scored.any():
             return
@@ -193,14 +236,12 @@ class Policy:
                  "computes for a row depends on the rows beside it")
 
     def optimizer(self, name: str) -> torch.optim.Optimizer:
-        """The AdamW of this name, made at its first step, with the moments that a checkpoint had for it."""
+        """The AdamW of this name, made at its first step."""
         if name not in self.optimizers:
             args = self.args
-            optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, args.beta2),
-                                          weight_decay=args.weight_decay)
-            if name in self.saved_moments:
-                optimizer.load_state_dict(self.saved_moments.pop(name))
-            self.optimizers[name] = optimizer
+            self.optimizers[name] = torch.optim.AdamW(
+                self.model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay,
+                fused=self.sharded)
         return self.optimizers[name]
 
     def step(self, name: str, max_grad_norm: float) -> torch.Tensor:
@@ -211,7 +252,7 @@ class Policy:
         for parameter in self.model.parameters():
             if parameter.grad is None:  # no row had an advantage: the step is taken with a gradient of 0
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm))
         optimizer = self.optimizer(name)
         self.updates += 1
         for group in optimizer.param_groups:
@@ -221,17 +262,43 @@ class Policy:
         optimizer.zero_grad()
         return norm
 
-    def state(self) -> dict:
-        """What a checkpoint keeps of it."""
-        moments = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {"updates": self.updates, "model": self.model.state_dict(),
-                "optimizers": self.saved_moments | moments}
+    def weights(self):
+        """(name, tensor) of every parameter, whole and on the device, one at a time; a tied one once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, whole(parameter.detach().to(self.device))
 
-    def load(self, state: dict):
-        self.model.load_state_dict(state["model"])
-        self.updates, self.saved_moments = state["updates"], state["optimizers"]
+    def plain_model(self, dtype: torch.dtype, device: str = "cpu"):
+        """A model of the same architecture and settings, without FSDP2 and without its weights."""
+        with torch.device(device):
+            return transformers.AutoModelForCausalLM.from_config(self.model.config, dtype=dtype)
+
+    def state(self) -> dict[str, dict]:
+        """What a checkpoint keeps in tensors, of which each process has its part: weights, and moments."""
+        moments = {name: get_optimizer_state_dict(self.model, optimizer)
+                   for name, optimizer in self.optimizers.items()}
+        return {"model": get_model_state_dict(self.model)} | moments
+
+    def load(self, updates: int, optimizers: list[str], read):
+        """Goes on from a checkpoint, whose tensors read() puts in the place of those of state()."""
+        self.updates = updates
+        for name in optimizers:
+            self.optimizer(name)
+        state = self.state()  # which gives new optimisers their moments
+        read(state)
+        for name, optimizer in self.optimizers.items():
+            set_optimizer_state_dict(self.model, optimizer, state[name])
 
     def save(self, folder):
-        """Model and tokenizer in Hugging Face format."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Model and tokenizer in Hugging Face format, by one process, in the dtype the model came in."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)  # on the first process
+        if processes.first():
+            model = self.plain_model(self.dtype, "meta")
+            cast = {name: weight.to(self.dtype) for name, weight in weights.items()}
+            model.load_state_dict(cast, assign=True)
+            model.tie_weights()
+            model.generation_config = transformers.GenerationConfig(  # no sampling of its own
+                eos_token_id=self.codec.ends, pad_token_id=self.tokenizer.pad_token_id)
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        processes.gather()

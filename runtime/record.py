@@ -3,30 +3,48 @@ import contextlib
 import json
 import os
 import pickle
+import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from runtime import processes
 from runtime.flags import Args, fail
 from runtime.rows import Codec, Row
 
-FREE = {"resume", "steps", "name"}  # flags that may change when a run is resumed
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be in a run of one process
+FREE = {"resume", "steps", "name", "offload"}  # flags that may change when a run is resumed
+
+
+@contextlib.contextmanager
+def unreadable(path: Path):
+    """One line for a file that was cut or spoiled."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
+            CheckpointException) as error:
+        fail(f"{path} cannot be read: {error}")
 
 
 class Record:
-    """A run's folder, and what is written there."""
+    """A run's folder, and what the first process writes there; of a checkpoint each writes its part."""
 
     def __init__(self, args: Args):
         self.args, self.script = args, Path(sys.argv[0]).stem
-        self.folder = self.choose_folder()
-        self.sums = defaultdict(lambda: [0.0, 0])
+        self.folder = processes.gather(self.choose_folder() if processes.first() else None)[0]
+        self.sums = defaultdict(lambda: [0.0, 0])      # of values that every process has
+        self.own_sums = defaultdict(lambda: [0.0, 0])  # of those of this process's rows
         self.stop_signal = 0
         self.bar, self.rows = None, ""
 
@@ -71,21 +89,36 @@ class Record:
             if before != rows:
                 fail(f"{self.folder} was begun with other data: --data or --eval_data has other rows now")
         try:
-            self.folder.mkdir(parents=True, exist_ok=self.args.resume)
+            if processes.first():
+                self.folder.mkdir(parents=True, exist_ok=self.args.resume)
             self.write_arguments()
         except OSError as error:
             fail(f"{self.folder} cannot be written: {error.strerror}")
+        processes.gather()
+        if not self.folder.exists():
+            fail(f"{self.folder.absolute()}, which the first process has made, is not on {platform.node()}: "
+                 "start in a folder that all machines share")
 
     def write_arguments(self):
+        if not processes.first():
+            return
         settings = self.settings() | {"name": self.folder.name, "resume": False, "rows": self.rows}
         (self.folder / "args.new").write_text(json.dumps(settings, indent=2))
         os.replace(self.folder / "args.new", self.folder / "args.json")  # whole or not at all
 
     # ---- metrics
     def log(self, name: str, total, count=1):
-        """Adds `count` values, whose sum is `total`, to a mean over the step; with count 0 adds to a sum."""
-        self.sums[name][0] += total.detach() if torch.is_tensor(total) else total
+        """Adds `count` values, whose sum is `total`, to a mean over the step; with count 0 adds to a sum.
+
+        For what every process knows; what it knows of its own rows alone is for log_own.
+        """
+        self.sums[name][0] += total
         self.sums[name][1] += count
+
+    def log_own(self, name: str, total, count=1):
+        """The same for a process's own rows: sums and counts of all processes are added at the step's end."""
+        self.own_sums[name][0] += total.detach() if torch.is_tensor(total) else total
+        self.own_sums[name][1] += count
 
     @contextlib.contextmanager
     def timer(self, name: str):
@@ -95,9 +128,14 @@ class Record:
 
     def take_metrics(self) -> dict[str, float]:
         """The means and sums of the step that ends; the next one begins with none."""
+        own = {name: (float(total), int(count)) for name, (total, count) in self.own_sums.items()}
+        for part in processes.gather(own):
+            for name, (total, count) in part.items():
+                self.log(name, total, count)
         sums = sorted(self.sums.items())
         metrics = {name: float(total) / max(1, int(count)) for name, (total, count) in sums}
         self.sums.clear()
+        self.own_sums.clear()
         shown = [name for name in ("reward", "response/length", "entropy") if name in metrics]
         self.bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown})
         self.bar.update()
@@ -107,6 +145,8 @@ class Record:
         self.append("metrics.jsonl", {"step": step} | metrics)
 
     def append(self, name: str, line: dict):
+        if not processes.first():
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -126,39 +166,72 @@ class Record:
     def write_skipped(self, step: int, update: int, rows: list[Row], codec: Codec) -> Path:
         """Keeps the rows whose gradient was not finite."""
         path = self.folder / f"skipped-{update}.json"
-        path.write_text(json.dumps([self.describe(step, row, codec) for row in rows], indent=1))
+        if processes.first():
+            path.write_text(json.dumps([self.describe(step, row, codec) for row in rows], indent=1))
         tqdm.write(f"step {step}: the gradient is not finite; no update from the rows in {path}")
         return path
 
     # ---- checkpoint
-    def save(self, state: dict):
-        """The whole state in one file, which appears whole or not at all; with it the sizes of the logs."""
-        path = self.folder / "checkpoint" / "state.pt"
-        path.parent.mkdir(exist_ok=True)
-        sizes = {log.name: log.stat().st_size for log in self.folder.glob("*.jsonl")}
-        with open(path.with_suffix(".new"), "wb") as file:
-            torch.save(state | {"sizes": sizes}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".new"), path)
+    def save(self, step: int, values: dict, tensors: dict):
+        """checkpoint/step-N, which appears whole or not at all; then the one before it goes.
+
+        values: plain values, tensors too, that all processes have: run.pt, with the sizes of the logs.
+        tensors: of which each process has its part, for torch.distributed.checkpoint.
+        """
+        new, place = self.folder / "checkpoint" / "new", self.folder / "checkpoint" / f"step-{step}"
+        if processes.first():
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            sizes = {log.name: log.stat().st_size for log in self.folder.glob("*.jsonl")}
+            with open(new / "run.pt", "wb") as file:
+                torch.save(values | {"sizes": sizes}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        processes.gather()
+        try:
+            dcp.save(tensors, checkpoint_id=new, no_dist=processes.world() == 1)
+        except CheckpointException as error:  # what stopped one process is what there is to say
+            raise next(iter(error.failures.values()))[0]
+        processes.gather()
+        if processes.first():
+            before = self.checkpoints()
+            shutil.rmtree(place, ignore_errors=True)  # only a step that is done twice has it
+            os.replace(new, place)
+            for old in before:
+                if old != place:
+                    shutil.rmtree(old)
+        processes.gather()
+
+    def checkpoints(self) -> list[Path]:
+        """Those that are whole, the last one last: two if a kill came before the older one was gone."""
+        return sorted(self.folder.glob("checkpoint/step-*"),
+                      key=lambda path: int(path.name.removeprefix("step-")))
 
     def load(self) -> dict | None:
-        """The last checkpoint, if there is one. What was logged after it is cut off and will come again."""
-        path = self.folder / "checkpoint" / "state.pt"
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            fail(f"{path} cannot be read: {error}")
-        for log in self.folder.glob("*.jsonl"):
+        """The last checkpoint's values, if there is one. What was logged after it is cut off."""
+        saved = None
+        for path in self.checkpoints()[-1:]:
+            with unreadable(path / "run.pt"):
+                saved = torch.load(path / "run.pt", map_location="cpu", weights_only=True)
+        processes.gather()
+        for log in self.folder.glob("*.jsonl") if processes.first() else ():
             os.truncate(log, saved["sizes"].get(log.name, 0) if saved else 0)
         return saved
+
+    def read_tensors(self, tensors: dict):
+        """Those of the last checkpoint in the place of these: no second copy is made of them."""
+        path = self.checkpoints()[-1]
+        with unreadable(path):
+            dcp.load(tensors, checkpoint_id=path, no_dist=processes.world() == 1)
 
     # ---- from the first line to the last
     def announce(self, policy, train: list, held_out: list, plan: str):
         """Says what the run will do, and shows a rendered prompt and its demonstration."""
         args, example = self.args, (train or held_out)[0]
+        device = f"{processes.world()} x " * (processes.world() > 1) + policy.device.type
         demonstrated = sum(bool(problem.demonstration) for problem in train)
-        print(f"{self.script} on {policy.device}: {args.model}, {policy.size() / 1e6:.1f}M parameters; {self.folder}/")
+        size = f"{policy.size() / 1e6:.1f}M parameters"
+        print(f"{self.script} on {device}: {args.model}, {size}; {self.folder}/")
         if not args.eval_only:
             print(f"{len(train)} problems from {args.data}, {demonstrated} of them with a demonstration; "
                   f"{len(held_out)} held out")
@@ -178,13 +251,18 @@ class Record:
         self.stop_signal = number
         tqdm.write("ending after this step, with a checkpoint; a second signal ends at once")
 
-    def end_early(self, step: int):
+    def end_early(self, step: int, number: int):
         """After a signal: says which command goes on."""
         self.bar.close()
         again = [part for part in sys.argv if part != "--resume"] + ["--resume"]
         again += [] if self.args.name else ["--name", self.folder.name]
-        print(f"ended after step {step}; to go on: python {shlex.join(again)}")
-        raise SystemExit(128 + self.stop_signal)
+        python = "python"
+        if processes.world() > 1:
+            python = f"torchrun --nproc_per_node {processes.local_world()} --"  # for its own are --n...
+        if processes.world() > processes.local_world():
+            python += " and its other flags, as before,"
+        print(f"ended after step {step}; to go on: {python} {shlex.join(again)}")
+        raise SystemExit(128 + number)
 
     def say_what_was_learnt(self):
         history = defaultdict(list)

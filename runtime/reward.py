@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+from runtime import processes
 from runtime.flags import fail
 from runtime.verification import RIGHT, WRONG
 
@@ -63,8 +64,10 @@ class OwnReward:
     def judge(self, rows, codec) -> tuple[list[str], list[int]]:
         """Sets row.reward, of responses that were cut too; returns texts, and RIGHT where the reward is 1."""
         texts = [codec.text(row) for row in rows]
-        for row, text in zip(rows, texts):
-            row.reward = self.reward(row.problem, text)
+        problems = [row.problem for row in rows]
+        rewards = processes.spread(lambda *lists: list(map(self.reward, *lists)), problems, texts)
+        for row, reward in zip(rows, rewards):
+            row.reward = reward
         return texts, [RIGHT if row.reward == 1 else WRONG for row in rows]
 
     def close(self):

@@ -56,20 +56,34 @@ def collate(rows: list[Row], device) -> Batch:
     return Batch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
-def micro_batches(rows: list[Row], micro_tokens: int) -> list[list[Row]]:
-    """Rows sorted by length, cut where rows x longest would exceed the budget (a longer row stands alone).
+def size(row: Row) -> int:
+    return len(row.problem.prompt) + len(row.response)
+
+
+def cut(rows: list[Row], micro_tokens: int) -> list[list[Row]]:
+    """Sorted rows, cut where rows x longest would exceed the budget (a longer row stands alone).
 
     Also where a row is a quarter longer than the shortest: padding then costs a tenth at most, on average.
     """
-    def size(row):
-        return len(row.problem.prompt) + len(row.response)
     parts = []
-    for row in sorted(rows, key=size):
+    for row in rows:
         if (not parts or (len(parts[-1]) + 1) * size(row) > micro_tokens
                 or size(row) > 1.25 * size(parts[-1][0])):
             parts.append([])
         parts[-1].append(row)
     return parts
+
+
+def micro_batches(rows: list[Row], micro_tokens: int, rank: int = 0, world: int = 1) -> list[list[Row]]:
+    """The micro-batches of process `rank` of `world`: rows sorted by length, dealt out and cut.
+
+    There are as many for every process, since all go through the model together. Where rows do not suffice
+    there stands a row without a response, which touches every weight with a gradient of 0.
+    """
+    rows = sorted(rows, key=size)
+    hands = [cut(rows[start::world], micro_tokens) for start in range(world)]
+    missing = max(map(len, hands)) - len(hands[rank])
+    return hands[rank] + [[Row(rows[0].problem, [])] for _ in range(missing)]
 
 
 class Codec:

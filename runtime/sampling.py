@@ -1,52 +1,67 @@
 """Sampling responses: with transformers on a CPU, with vLLM on a GPU.
 
-Both have two methods. generate(prompts, max_tokens, temperature, seed) takes token ids and returns, for each
-prompt, the token ids of one response and their log-probs; update(model) hands the trainer's weights over.
+Both have two methods. generate(prompts, max_tokens, temperature, seed, numbers) takes token ids and returns,
+for each prompt, the token ids of one response and their log-probs; update(weights) hands the trainer's over.
+A row's noise depends on the seed and on its number in the batch of all processes, and on nothing else: so the
+samples do not depend on how many processes there are.
 """
 import inspect
 import os
+import sys
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 import transformers
 
-from runtime.flags import Args, fail
-from runtime.policy import Policy, logprobs
+from runtime import processes
+from runtime.flags import Args, explain, fail
+from runtime.policy import Policy
 from runtime.rows import Problem, Row, collate
 
 STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
 
 
-class Recorder(transformers.LogitsProcessor):
-    """Keeps the log-prob of each token that `generate` samples, without (rows, tokens, vocabulary) scores."""
-
-    def __init__(self, temperature: float):
-        self.temperature, self.logp, self.sampled = temperature, None, []
-
-    def __call__(self, tokens, logits):  # called before each token is sampled
-        self.take(tokens)
-        self.logp = (logits.float() / self.temperature).log_softmax(dim=-1)  # (rows, vocabulary)
-        return logits
-
-    def take(self, tokens):
-        """Of the last column of tokens, which the distribution of the call before has sampled."""
-        if self.logp is not None:
-            self.sampled.append(self.logp.gather(1, tokens[:, -1:]))
+def row_seeds(seed: int, numbers) -> list[int]:
+    """A seed for each row, by its number in the batch of all processes."""
+    return [(seed * 1_000_003 + number) % 2**63 for number in numbers]
 
 
-def sample(logp: torch.Tensor) -> torch.Tensor:
+def row_noise(seeds: list[int], tokens: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), (rows, tokens), of each row's own generator."""
+    return torch.stack([torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                        for seed in seeds])
+
+
+def sample(logp: torch.Tensor, noise: torch.Tensor, temperature: float) -> torch.Tensor:
     """One token (rows, 1) from each row of log-probs (rows, V), by its cumulative distribution.
 
-    That takes a random number for each row, where `multinomial` draws one for each word of it.
+    That takes one number of noise (rows,) a row, where `multinomial` draws one for each word of it. At
+    temperature 0 the likeliest token.
     """
+    if temperature == 0:
+        return logp.argmax(dim=-1, keepdim=True)
     cdf = logp.exp().cumsum(dim=-1, dtype=torch.float64)  # a float32 near 1 knows nothing below 6e-8
-    number = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device) * cdf[:, -1:]
-    return torch.searchsorted(cdf, number, right=True)    # right: never a token of probability 0
+    token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)  # never one of probability 0
+    return token.clamp(max=logp.shape[1] - 1)  # noise below 1 may round to 1
+
+
+class Recorder(transformers.LogitsProcessor):
+    """Samples in `generate`'s place, which takes the token of the largest score, and keeps its log-prob."""
+
+    def __init__(self, temperature: float, noise: torch.Tensor):
+        self.temperature, self.noise, self.sampled = temperature, noise, []
+
+    def __call__(self, tokens, logits):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logp = (logits / (self.temperature or 1)).log_softmax(dim=-1)  # (rows, V)
+        token = sample(logp, self.noise[:, len(self.sampled)], self.temperature)
+        self.sampled.append(logp.gather(1, token))
+        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
 
 
 class TransformersSampler:
-    """Rollout with transformers, on the trainer's own model and so always in step with it.
+    """Rollout with transformers, on the trainer's own model or, where that is sharded, on a plain copy.
 
     A prompt is read once for all its responses, and a response that has ended leaves the batch: both are a
     choice of rows in the model's cache. A model with another kind of cache samples by `model.generate`.
@@ -65,13 +80,14 @@ class TransformersSampler:
         self.cache_name = found[0] if found else None  # `cache` or, in older versions, `past_key_values`
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int):
+    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int,
+                 numbers: list[int] | None = None):
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
+        numbers: of the rows in the batch of all processes; by default 0, 1, ...
         Temperature 0 takes the likeliest token each time; its log-prob is that at temperature 1.
         """
         self.model.eval()
-        torch.manual_seed(seed)
         unique = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, unique))
         with self.model.device:  # where these are made
@@ -79,17 +95,20 @@ class TransformersSampler:
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in unique])
             number = torch.tensor([unique[tuple(prompt)] for prompt in prompts])
         decode = self.decode if self.cache_name else self.decode_by_generate
-        tokens, logp = decode(tokens, mask, number, max_tokens, temperature)
+        noise = row_noise(row_seeds(seed, numbers or range(len(prompts))), max_tokens).to(tokens.device)
+        tokens, logp = decode(tokens, mask, number, noise, temperature)
         is_eos = torch.isin(tokens, torch.tensor(self.eos).to(tokens)).long()
         length = (is_eos.cumsum(dim=1) - is_eos == 0).sum(dim=1)  # of the tokens that have no EOS before them
         rows = zip(tokens.tolist(), logp.tolist(), length.tolist())
         return [(response[:size], response_logp[:size]) for response, response_logp, size in rows]
 
-    def decode(self, tokens, mask, number, max_tokens: int, temperature: float):
+    def decode(self, tokens, mask, number, noise, temperature: float):
         """Responses and their log-probs, both (rows, max_tokens), padded behind EOS.
 
-        tokens (prompts, width); mask, 0 on padding, like them; number (rows,): which prompt a row answers.
+        tokens (prompts, width); mask, 0 on padding, like them; number (rows,): which prompt a row answers;
+        noise (rows, max_tokens), uniform.
         """
+        max_tokens = noise.shape[1]
         logits, cache = self.forward(tokens, mask)
         cache.reorder_cache(number)  # made for beam search: here it repeats rows, below it drops some
         logits, width, eos = logits[number], tokens.shape[1], torch.tensor(self.eos).to(tokens)
@@ -100,7 +119,7 @@ class TransformersSampler:
             if end > width:
                 logits, cache = self.forward(tokens[row, :end], mask[row, :end], cache)
             logp = (logits / (temperature or 1)).log_softmax(dim=-1)     # (rows that have not ended, V)
-            token = sample(logp) if temperature else logp.argmax(dim=-1, keepdim=True)
+            token = sample(logp, noise[row, end - width], temperature)
             tokens[row, end], logps[row, end] = token[:, 0], logp.gather(1, token)[:, 0]
             going = (~torch.isin(token[:, 0], eos)).nonzero()[:, 0]
             if len(going) == 0:
@@ -124,24 +143,25 @@ class TransformersSampler:
         logits = output.logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output[self.cache_name]
 
-    def decode_by_generate(self, tokens, mask, number, max_tokens: int, temperature: float):
+    def decode_by_generate(self, tokens, mask, number, noise, temperature: float):
         """The same by `model.generate`: every row reads its prompt, and stays until the last has ended."""
-        recorder = Recorder(temperature or 1)
+        recorder = Recorder(temperature, noise)
         tokens = self.model.generate(
-            input_ids=tokens[number], attention_mask=mask[number], max_new_tokens=max_tokens,
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_p=1.0, top_k=0,
-            logits_processor=[recorder])
-        recorder.take(tokens)
+            input_ids=tokens[number], attention_mask=mask[number], max_new_tokens=noise.shape[1],
+            do_sample=False, logits_processor=[recorder])
         return tokens[:, mask.shape[1]:], torch.cat(recorder.sampled, dim=1)
 
-    def update(self, model):
-        """Hands the trainer's weights over: here they are the same."""
+    @torch.no_grad()
+    def update(self, weights):
+        """Takes the trainer's weights over, in place."""
+        for parameter, (_, weight) in zip(self.model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
 
 
 class VLLMSampler:
     """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
 
-    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float,
+    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float, on_cpu: bool,
                  ends: list[int] | None = None):
         """An engine for the model's architecture. Its weights are random until update() hands them over.
 
@@ -154,13 +174,15 @@ class VLLMSampler:
         except ImportError as error:
             fail(f"--rollout vllm: vLLM cannot be imported: {error}")
         self.settings, self.eos = vllm.SamplingParams, ends or [tokenizer.eos_token_id]
-        self.on_cpu = model.device.type == "cpu"
-        if self.on_cpu:  # after a chunk of a prompt a seed's generator is rewound, which only CUDA's can
+        self.on_cpu = on_cpu
+        if on_cpu:  # after a chunk of a prompt a seed's generator is rewound, which only CUDA's can
             options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30,
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}
         else:
             options = {"dtype": "bfloat16", "enable_sleep_mode": True,
                        "gpu_memory_utilization": gpu_memory_utilization}
+        if processes.world() > 1:  # an engine for each process, on its card
+            options["distributed_executor_backend"] = "external_launcher"
         changed = {name: getattr(model.config, name)
                    for name in ("rope_parameters", "max_position_embeddings") if hasattr(model.config, name)}
         try:
@@ -171,15 +193,20 @@ class VLLMSampler:
                 max_model_len=max_model_len, **options)
         except Exception as error:  # whatever vLLM says of the model, the card and its memory is passed on
             fail(f"--rollout vllm, --gpu_memory_utilization {gpu_memory_utilization}: {error}")
+        sys.excepthook = explain  # where vLLM has made the first process group, torch's stands here
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int):
-        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens)."""
+    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int,
+                 numbers: list[int] | None = None):
+        """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
+
+        numbers: of the rows in the batch of all processes; by default 0, 1, ...
+        """
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         settings = [self.settings(
             temperature=temperature, max_tokens=max_tokens, logprobs=0, detokenize=False,
-            seed=(seed * 1_000_003 + index) % 2**63,   # of its own, whatever else is in the batch
+            seed=own_seed,
             ignore_eos=True, stop_token_ids=self.eos,  # what ends a response for the trainer, no more
-        ) for index in range(len(prompts))]
+        ) for own_seed in row_seeds(seed, numbers or range(len(prompts)))]
         self.engine.wake_up()
         results = self.engine.generate(requests, settings, use_tqdm=False)
         # Level 1 keeps the weights in host memory, so that the engine always wakes with the last hand-over's.
@@ -191,10 +218,9 @@ class VLLMSampler:
             responses.append((list(tokens), [step[token].logprob for token, step in zip(tokens, steps)]))
         return responses
 
-    def update(self, model):
-        """Hands the trainer's weights over, cast and in place."""
+    def update(self, weights):
+        """Takes the trainer's weights over, cast and in place, one (name, tensor) after the other."""
         self.engine.wake_up(["weights"])
-        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.on_cpu:  # whose kernels read a packed copy of the head, stale where the head is the embedding
             self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
@@ -211,27 +237,42 @@ class Sampler:
         if engine == "vllm":
             length = args.max_prompt + max(args.max_response, args.eval_response)
             self.engine = VLLMSampler(policy.model, policy.tokenizer, length, args.gpu_memory_utilization,
-                                      policy.codec.ends)
+                                      policy.device.type == "cpu", policy.codec.ends)
         else:
-            self.engine = TransformersSampler(policy.model, policy.tokenizer, policy.codec.ends)
+            model = policy.model
+            if policy.sharded:  # whose processes would wait for each other at every token
+                model = policy.plain_model(next(model.parameters()).dtype, policy.device)
+            self.engine = TransformersSampler(model, policy.tokenizer, policy.codec.ends)
 
     def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int) -> list[Row]:
-        """One response to each problem, of at most max_tokens tokens, EOS included."""
-        if not problems:
-            return []
-        prompts = [problem.prompt for problem in problems]
-        responses = self.engine.generate(prompts, max_tokens, temperature, seed)
-        return [Row(problem, *response) for problem, response in zip(problems, responses)]
+        """One response to each problem, of at most max_tokens tokens, EOS included.
+
+        A process samples all responses to every world-th problem, and has those of the others from them.
+        """
+        places = {problem: place for place, problem in enumerate(dict.fromkeys(problems))}
+        own = [number for number, problem in enumerate(problems)
+               if places[problem] % processes.world() == processes.rank()]
+        prompts = [problems[number].prompt for number in own]
+        responses = self.engine.generate(prompts, max_tokens, temperature, seed, own) if own else []
+        sampled = {}
+        for part in processes.gather(dict(zip(own, responses))):
+            sampled |= part
+        return [Row(problem, *sampled[number]) for number, problem in enumerate(problems)]
 
     @torch.no_grad()
     def hand_over(self, step: int, problem: Problem):
         """Gives the engine the weights and has responses scored by both: a gap between them ends the run."""
-        self.engine.update(self.policy.model)
-        if isinstance(self.engine, TransformersSampler) and step:
-            return  # it samples with the trainer's own weights: once is enough
-        rows = self.rows([problem] * 8, min(32, self.args.max_response), 1.0, self.args.seed)
+        if isinstance(self.engine, TransformersSampler) and self.engine.model is self.policy.model:
+            if step:
+                return  # it samples with the trainer's own weights: once is enough
+        else:
+            self.engine.update(self.policy.weights())
+        length = min(32, self.args.max_response)
+        responses = self.engine.generate([problem.prompt] * 8, length, 1.0, self.args.seed)
+        rows = [Row(problem, *response) for response in responses]
+        self.policy.model.eval()
         batch = collate(rows, self.policy.device)
-        logp, _ = logprobs(self.policy.model.eval(), batch, 1.0)
+        logp, _ = self.policy.logprobs(batch, temperature=1.0)
         sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
         limit = STALE[self.policy.device.type]
         gap = float((logp[batch.mask].cpu() - sampler_logp).abs().mean())

@@ -1,9 +1,11 @@
 """Rows that are kept: demonstrations, as rows and as a stream; rows in a checkpoint and in a file."""
 import json
+import os
 from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime import processes
 from runtime.flags import fail
 from runtime.problems import draw
 from runtime.rows import Codec, Problem, Row
@@ -86,7 +88,7 @@ class KeptRows:
     def save(self, rows: list[Row]):
         """Appends responses, with problem and answer, to the file; those that were cut are left out."""
         ended = [row for row in rows if self.codec.ended(row)]
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path if processes.first() else os.devnull, "a", encoding="utf-8") as file:
             for row in ended:
                 kept = {"answer": row.problem.answer, "response": self.codec.text(row)}
                 line = {"problem": row.problem.text} | row.problem.row | kept

@@ -87,7 +87,9 @@ def serve_verdicts(seconds: float, megabytes: int):
 class Verifier:
     """math-verify in processes that can be killed. No answer costs more than ANSWER_SECONDS, _MEGABYTES."""
 
-    def __init__(self, workers: int = os.cpu_count()):
+    def __init__(self, workers: int = os.cpu_count(), spread=lambda function, *lists: function(*lists)):
+        """spread(function, *lists): by what the work is shared among the processes of a run."""
+        self.spread = spread
         self.idle = queue.SimpleQueue()
         for _ in range(workers):
             self.idle.put(self.start_worker())
@@ -122,7 +124,7 @@ class Verifier:
             if answer is None or len(answer) > ANSWER_CHARACTERS:
                 return None if answer is None else UNPARSED
             return self.verdict(gold, answer)
-        return list(self.threads.map(judge, golds, responses))
+        return self.spread(lambda *lists: list(self.threads.map(judge, *lists)), golds, responses)
 
     def judge(self, rows, codec) -> tuple[list[str], list[int | None]]:
         """Sets row.reward: 1.0 for a right answer in the box after </think>, else 0.0; 0.0 if it was cut.

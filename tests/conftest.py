@@ -187,8 +187,14 @@ def shared_verifier(one_verifier, monkeypatch):
     monkeypatch.setattr(common, "Verifier", lambda *arguments: one_verifier)
 
 
-def run_script(script: str, *flags: str, cwd: Path, seconds: float = 600):
-    """`python script flags` in the folder cwd, as a user runs it, but on one thread: others may be busy."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=cwd, env=env, text=True,
+def command(script: Path | str, *flags: str, processes: int = 1) -> list[str]:
+    """`python script flags`, or `torchrun --nproc_per_node ... -- script flags`; one of the repository's, or a path."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+    return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / script), *flags]
+
+
+def run_script(script: Path | str, *flags: str, cwd: Path, seconds: float = 600, processes: int = 1):
+    """The command in the folder cwd, as a user runs it, but on one thread: others may be busy."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command(script, *flags, processes=processes), cwd=cwd, env=env, text=True,
                           capture_output=True, timeout=seconds)

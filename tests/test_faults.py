@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,21 +36,39 @@ def test_a_half_written_checkpoint_does_not_hide_the_last_good_one(make_run, tin
     run.record.write_metrics(run.step, {})
     run.step = 1
     run.save()
-    (run.record.folder / "checkpoint" / "state.new").write_bytes(b"half")
+    (run.record.folder / "checkpoint" / "new").mkdir()
+    (run.record.folder / "checkpoint" / "new" / "run.pt").write_bytes(b"half")
     assert run.record.load()["step"] == 1
-
-
-@pytest.mark.parametrize("spoiled", (b"", b"no checkpoint", b"PK and no more", None))
-def test_a_checkpoint_that_cannot_be_read_is_one_line(make_run, tiny_model, coin_data, capsys, spoiled):
-    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
+    run.step = 2
     run.save()
-    path = run.record.folder / "checkpoint" / "state.pt"
-    path.write_bytes(path.read_bytes()[:3000] if spoiled is None else spoiled)  # None: its beginning
+    assert [path.name for path in (run.record.folder / "checkpoint").iterdir()] == ["step-2"]
+
+
+def test_of_two_checkpoints_the_later_one_counts(make_run, tiny_model, coin_data):
+    """A run that was killed when the new one was there and the old one not yet gone."""
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, "--name", "x", *SMALL)
+    for run.step in (9, 10):
+        run.save()
+        shutil.copytree(run.record.folder / "checkpoint", run.record.folder / "kept", dirs_exist_ok=True)
+    shutil.rmtree(run.record.folder / "checkpoint")
+    (run.record.folder / "kept").rename(run.record.folder / "checkpoint")
+    assert len(run.record.checkpoints()) == 2
+    assert run.record.load()["step"] == 10
+
+
+@pytest.mark.parametrize("name", ("run.pt", ".metadata", "__0_0.distcp"))
+@pytest.mark.parametrize("spoiled", (b"", b"no checkpoint", b"PK and no more", None))
+def test_a_checkpoint_that_cannot_be_read_is_one_line(make_run, tiny_model, coin_data, capsys, name, spoiled):
+    run = make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x")
+    run.step = 1
+    run.save()
+    path = run.record.folder / "checkpoint" / "step-1" / name
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2] if spoiled is None else spoiled)  # None: a half
     with pytest.raises(SystemExit) as error:
         make_run("grpo", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x", "--resume")
     assert error.value.code == 2
     line, = capsys.readouterr().err.splitlines()
-    assert "state.pt cannot be read" in line
+    assert "cannot be read" in line and "step-1" in line
 
 
 def test_what_was_logged_after_the_checkpoint_comes_only_once(make_run, tiny_model, coin_data):
@@ -82,7 +101,7 @@ def test_a_signal_ends_a_run_after_the_step_and_it_goes_on(command_line, coin_mo
         script.main()
     assert end.value.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     folder, = (tmp_path / "runs").iterdir()
-    assert torch.load(folder / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+    assert torch.load(folder / "checkpoint" / "step-2" / "run.pt", weights_only=True)["step"] == 2
     command = capsys.readouterr().out.splitlines()[-1].partition("to go on: ")[2]
     python, name, *flags = shlex.split(command)
     assert (python, name) == ("python", "grpo.py")
@@ -171,13 +190,13 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(
     command_line("grpo", *flags, "--steps", "3").main()
     folder = tmp_path / "runs" / "x"
     logged = max(path.stat().st_size for path in folder.glob("*.jsonl"))
-    saved = (folder / "checkpoint" / "state.pt").stat().st_size
+    saved = (folder / "checkpoint" / "step-3" / "__0_0.distcp").stat().st_size
     limit_files(logged if what == "a log" else saved // 2)
     with pytest.raises((OSError, RuntimeError)) as error:
         command_line("grpo", *flags, "--steps", "5", "--resume").main()
     words = last_words(error, capsys)
     assert words.endswith("File too large; --resume goes on from the last checkpoint, if there is one")
-    assert (folder / "checkpoint" / "state.new").exists() == (what == "a checkpoint")
+    assert (folder / "checkpoint" / "new").exists() == (what == "a checkpoint")
     limit_files()
     command_line("grpo", *flags, "--steps", "5", "--resume").main()
     assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]

@@ -1,11 +1,13 @@
 """Flags and steps of the loop, seen from outside: lr in the update, noise that changes with the step."""
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from conftest import SMALL, load, read_jsonl, save_model, write_jsonl
 
@@ -33,7 +35,7 @@ def verifier():
 def quick_run(make_run, verifier, monkeypatch):
     """make_run with this verifier, which outlives the run."""
     def make(*flags: str):
-        monkeypatch.setattr(common, "Verifier", lambda: verifier)
+        monkeypatch.setattr(common, "Verifier", lambda *arguments: verifier)
         run = make_run(*flags)
         run.verifier = SimpleNamespace(judge=verifier.judge, close=lambda: None)
         return run
@@ -118,8 +120,9 @@ def test_a_policy_that_was_saved_and_loaded_goes_on_to_the_bit(make_policy, tmp_
         policy.step(name, 0.5)
 
     def hand_on(old, new):
-        torch.save(old.state(), tmp_path / "state.pt")
-        new.load(torch.load(tmp_path / "state.pt", weights_only=True))
+        dcp.save(old.state(), checkpoint_id=tmp_path / "state")
+        new.load(old.updates, list(old.optimizers), lambda state: dcp.load(state, checkpoint_id=tmp_path / "state"))
+        shutil.rmtree(tmp_path / "state")
 
     alone, second, third = policies
     for seed, name in enumerate(("rl", "rl", "sft", "sft")):
@@ -295,8 +298,8 @@ def test_score_is_at_the_temperature_and_counts_tokens(watched):
             ("entropy", sum(expected[i][1].sum() for i in sampled), sum(sizes[i] for i in sampled)),
             ("demonstrations/probability", expected[1][0].exp().sum(), sizes[1]),
             ("sampler_gap", sum(sizes[i] ** 2 / 100 for i in sampled), sum(sizes[i] for i in sampled))):
-        assert run.record.sums[name][0].item() == pytest.approx(float(total), rel=1e-3), name
-        assert run.record.sums[name][1] == count, name
+        assert run.record.own_sums[name][0].item() == pytest.approx(float(total), rel=1e-3), name
+        assert run.record.own_sums[name][1] == count, name
 
 
 def test_log_probs_of_an_update_are_at_the_temperature(watched):
@@ -334,7 +337,7 @@ def test_two_updates_of_a_step_and_what_is_logged_of_them(watched):
     assert first_moment(run, "rl") == pytest.approx(0.1 * 0.01, rel=1e-3)
     run.optimizer_step([])  # no row had an advantage
     sums = run.record.sums
-    assert not sums["loss"][0].requires_grad
+    assert not run.record.own_sums["loss"][0].requires_grad
     assert sums["gradient_norm"][0].item() == pytest.approx(2.0, rel=1e-3) and sums["gradient_norm"][1] == 2
     run.record.begin(0)
     metrics = run.record.take_metrics()
@@ -372,9 +375,9 @@ class OtherEngine:
         self.current.append(all(torch.equal(ours, theirs) for ours, theirs in pairs))
         return self.engine.generate(*arguments)
 
-    def update(self, model):
+    def update(self, weights):
         if not self.deaf:
-            self.engine.model.load_state_dict(model.state_dict())
+            self.engine.update(weights)
 
 
 def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
@@ -385,7 +388,7 @@ def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
     run = make_run("grpo", "--model", coin_model, "--data", data, "--eval_data", held_out, *SMALL, "--steps", "5",
                    "--eval_every", "2", "--save_every", "3", "--name", "x")
     run.sampler.engine = engine = OtherEngine(run.sampler.engine, run.policy, coin_model)
-    checkpoint, saved, logged = run.record.folder / "checkpoint" / "state.pt", [], []
+    saved, logged = [], []
     for step in run.steps():
         run.rollout(run.train[:1])
         run.log("once", step, 0) if step == 2 else None
@@ -395,7 +398,9 @@ def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)  # all was done anyway: the run ends as it would
         run.end_step()
-        state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {"step": 0, "sizes": {}}
+        state = {"step": 0, "sizes": {}}
+        for checkpoint in run.record.checkpoints():  # one at most
+            state = torch.load(checkpoint / "run.pt", weights_only=True)
         saved.append(state["step"])
         logged.append(state["sizes"].get("metrics.jsonl") == (run.record.folder / "metrics.jsonl").stat().st_size)
         assert run.record.bar.n == step
@@ -431,7 +436,7 @@ def test_without_save_every_the_only_checkpoint_is_the_last(quick_run, coin_mode
     saved = []
     for _ in run.steps():
         run.end_step()
-        saved.append((run.record.folder / "checkpoint" / "state.pt").exists())
+        saved.append(bool(run.record.checkpoints()))
     assert saved == [False, False, True]
 
 
@@ -536,11 +541,11 @@ def test_means_and_sums_of_a_step(make_record):
     record = make_record()
     record.begin(0)
     for total, count in ((1.0, 3), (torch.tensor(2.0, requires_grad=True), 1)):
-        record.log("mean", total, count)
-        record.log("sum", total, 0)
+        record.log_own("mean", total, count)
+        record.log_own("sum", total, 0)
     with record.timer("update"), record.timer("update"):
         pass
-    assert not record.sums["sum"][0].requires_grad  # a graph would stay in memory for the step
+    assert not record.own_sums["sum"][0].requires_grad  # a graph would stay in memory for the step
     assert record.sums["seconds/update"][1] == 0    # a sum
     metrics = record.take_metrics()
     assert (metrics["mean"], metrics["sum"]) == (0.75, 3.0)

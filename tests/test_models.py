@@ -325,7 +325,7 @@ def composite(tmp_path) -> str:
 def test_a_composite_model_is_trained_on_text(composite, command_line, coin_data, tmp_path):
     (tmp_path / "reward.py").write_text("def parity(row, response):\n    return response.count('a') % 2\n")
     command_line("grpo", "--model", composite, "--data", coin_data, *SMALL, "--updates", "1", "--name", "x",
-                 "--reward", "reward.py:parity", "--max_positions", "200").main()
+                 "--reward", "reward.py:parity", "--max_positions", "200", "--entropy_bonus", "0.1").main()
     lines = read_jsonl(tmp_path / "runs" / "x" / "metrics.jsonl")
     assert all(line["sampler_gap"] < 1e-4 and line["gradient_norm"] > 0 for line in lines[1:])
     model, _ = load(str(tmp_path / "runs" / "x" / "model"), torch.float32)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import SMALL, TESTS, assert_golden, golden, load, read_jsonl, tensors, write_jsonl
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import relift
 from common import Problem, Row
@@ -128,8 +129,10 @@ def train(command_line, tiny_model, tmp_path):
                      "--name", "run", "--n", "2", "--weight_decay", "0", "--max_response", "12", *flags)
         relift.main()
         folder = tmp_path / "runs" / "run"
-        state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
-        return state, read_jsonl(folder / "metrics.jsonl")
+        place, = (folder / "checkpoint").iterdir()
+        dcp_to_torch_save(place, tmp_path / "tensors.pt")
+        saved = torch.load(place / "run.pt", weights_only=True) | {"tensors": torch.load(tmp_path / "tensors.pt")}
+        return saved, read_jsonl(folder / "metrics.jsonl")
     return train
 
 
@@ -145,7 +148,7 @@ def test_only_usable_demonstrations_wait_and_each_of_them_once(train):
     assert sum(line["demonstrations/left_out"] for line in metrics[1:]) == 2
     assert sum(line["relift/without_demonstration"] for line in metrics[1:]) == 3  # 1 came twice in a step
     assert not any("token_loss/demonstrations" in line for line in metrics)
-    assert list(saved["policy"]["optimizers"]) == ["rl"]  # fine-tuning has never made a step
+    assert saved["optimizers"] == ["rl"] and saved["tensors"].keys() == {"model", "rl"}  # no step of fine-tuning
 
 
 def test_fine_tuning_is_the_token_mean_and_has_moments_of_its_own(train, tiny_model):
@@ -158,7 +161,7 @@ def test_fine_tuning_is_the_token_mean_and_has_moments_of_its_own(train, tiny_mo
     assert saved["state"]["sft_steps"] == metrics[1]["relift/sft_steps"] == 1
     assert metrics[1]["relift/used"] == 3 / 4
     assert metrics[1]["relift/buffer"] == 1
-    moments = {name: saved["policy"]["optimizers"][name]["state"] for name in ("rl", "sft")}
+    moments = {name: saved["tensors"][name]["state"] for name in ("rl", "sft")}
     assert {entry["step"].item() for entry in moments["rl"].values()} == {2}
     assert {entry["step"].item() for entry in moments["sft"].values()} == {1}
     assert any(entry["exp_avg"].any() for entry in moments["rl"].values())  # all groups are wrong: the bonus
@@ -177,6 +180,6 @@ def test_fine_tuning_is_the_token_mean_and_has_moments_of_its_own(train, tiny_mo
     nll = torch.cat(nlls).mean()
     (nll - 0.001 * torch.cat(entropies).mean()).backward()
     assert metrics[1]["token_loss/demonstrations"] == pytest.approx(nll.item(), rel=1e-5)
-    for number, parameter in enumerate(model.parameters()):
-        first_moment = moments["sft"][number]["exp_avg"].double()  # 0.1 of the gradient after one step
+    for name, parameter in model.named_parameters():
+        first_moment = moments["sft"][name]["exp_avg"].double()  # 0.1 of the gradient after one step
         torch.testing.assert_close(first_moment, 0.1 * parameter.grad, rtol=1e-4, atol=1e-7)

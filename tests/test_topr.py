@@ -201,7 +201,7 @@ def test_a_set_comes_back_from_a_checkpoint_as_it_was(topr_run, tmp_path):
 
 # --------------------------------------------------------------------------------------------- by subprocess
 def checkpoint(folder) -> dict:
-    return torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+    return torch.load(next(folder.glob("checkpoint/*/run.pt")), weights_only=True)
 
 
 def test_saved_rollouts_are_trained_on_offline_with_the_same_rewards(coin_model, coin_data, tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -55,15 +56,21 @@ def folder(tmp_path_factory) -> str:
 def engine(folder):
     """The sampler and the trainer's model, and the weights with which both begin."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    sampler = sampling.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3)
+    sampler = sampling.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3,
+                                   on_cpu=DEVICE == "cpu")
+    model.logprobs = types.MethodType(policy.logprobs, model)
     return SimpleNamespace(sampler=sampler, model=model, weights=copy.deepcopy(model.state_dict()))
+
+
+def hand_over(sampler, model):
+    sampler.update((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
 @pytest.fixture
 def pair(engine):
     """(sampler, model), in step."""
     engine.model.load_state_dict(engine.weights)
-    engine.sampler.update(engine.model)
+    hand_over(engine.sampler, engine.model)
     return engine.sampler, engine.model
 
 
@@ -131,8 +138,8 @@ def test_greedy_outputs_follow_a_hand_over(pair):
     after = greedy(model, SHORT, 30)
     assert sum(old != new for old, new in zip(before, after)) > len(SHORT) / 2
     assert [tokens for tokens, _ in sampler.generate(SHORT, 30, 0.0, seed=0)] == before  # the engine's are its own
-    sampler.update(model)
-    sampler.update(model)  # twice without a response between
+    hand_over(sampler, model)
+    hand_over(sampler, model)  # twice without a response between
     assert [tokens for tokens, _ in sampler.generate(SHORT, 30, 0.0, seed=0)] == after
 
 
@@ -140,7 +147,7 @@ def test_a_prompt_of_several_cache_blocks_is_read_anew_after_a_hand_over(pair):
     sampler, model = pair
     assert gap(model, LONG, sampler.generate(LONG, 20, 1.0, seed=0)) < CLOSE
     change(model)
-    sampler.update(model)
+    hand_over(sampler, model)
     assert gap(model, LONG, sampler.generate(LONG, 20, 1.0, seed=0)) < CLOSE
 
 
@@ -169,9 +176,9 @@ def luffy(folder, tmp_path_factory):
             for i in range(20)]
     data = write_jsonl(place / "data.jsonl", rows)
 
-    def start(name, *flags):
+    def start(name, *flags, processes=1):
         result = run_script("luffy.py", "--model", folder, "--data", data, *SMALL, "--rollout", "vllm", "--name", name,
-                            *flags, cwd=place)
+                            *flags, cwd=place, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
         return place / "runs" / name
 
@@ -191,6 +198,17 @@ def without_seconds(folder) -> list[dict]:
 def test_two_steps_of_luffy_stay_in_step_with_the_trainer(two_steps):
     gaps = [line["sampler_gap"] for line in read_jsonl(two_steps / "metrics.jsonl") if "sampler_gap" in line]
     assert len(gaps) == 2 and max(gaps) < sampling.STALE[DEVICE]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each process needs a card of its own")
+def test_two_processes_have_an_engine_each_and_sample_what_one_does(two_steps, luffy):
+    """The weights reach both engines, whole; a row's seed goes by its number in the batch of both."""
+    shared = luffy("shared", processes=2)
+    gaps = [line["sampler_gap"] for line in read_jsonl(shared / "metrics.jsonl") if "sampler_gap" in line]
+    assert len(gaps) == 2 and max(gaps) < sampling.STALE[DEVICE]
+    if DEVICE == "cpu":
+        for name in ("samples.jsonl", "answers.jsonl"):
+            assert (shared / name).read_text() == (two_steps / name).read_text()
 
 
 def test_the_engine_has_the_positions_of_the_flags(luffy):
