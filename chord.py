@@ -1,4 +1,4 @@
-"""CHORD: supervised fine-tuning as a dynamically weighted objective beside on-policy RL.
+"""CHORD: supervised fine-tuning as a dynamically weighted objective beside on-policy RL. See docs/chord.md
 
     On-Policy RL Meets Off-Policy Experts: Harmonizing Supervised Fine-Tuning and Reinforcement Learning via
     Dynamic Weighting. Zhang, Xie, Sun, Chen, Wang, Li, Ding, Zhou. arXiv:2508.11408.
@@ -200,6 +200,15 @@ def main():
             run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
+
+
+# What `uv run` installs: as in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers>=5.16.1,<6", "datasets>=5.2,<6", "math-verify>=0.9,<0.10", "tqdm>=4.67",
+# ]
+# ///
 
 
 if __name__ == "__main__":

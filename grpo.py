@@ -1,4 +1,4 @@
-"""GRPO: group relative policy optimisation, the on-policy baseline. Read it first: the others are diffs.
+"""GRPO: group relative policy optimisation, the on-policy baseline. Read it first. See docs/grpo.md
 
     DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models.
     Shao, Wang, Zhu, Xu, Song, Bi, Zhang, Zhang, Li, Wu, Guo. arXiv:2402.03300. With the corrections of
@@ -165,6 +165,15 @@ def main():
             run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
+
+
+# What `uv run` installs: as in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers>=5.16.1,<6", "datasets>=5.2,<6", "math-verify>=0.9,<0.10", "tqdm>=4.67",
+# ]
+# ///
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LUFFY: learning to reason under off-policy guidance. A demonstration joins the rollouts of its prompt.
+"""LUFFY: learning to reason under off-policy guidance. A demonstration joins the rollouts. See docs/luffy.md
 
     Learning to Reason under Off-Policy Guidance.
     Yan, Li, Hu, Wang, Cui, Qu, Cheng, Zhang. arXiv:2504.14945.
@@ -165,6 +165,15 @@ def main():
             run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
+
+
+# What `uv run` installs: as in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers>=5.16.1,<6", "datasets>=5.2,<6", "math-verify>=0.9,<0.10", "tqdm>=4.67",
+# ]
+# ///
 
 
 if __name__ == "__main__":

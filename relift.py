@@ -1,4 +1,4 @@
-"""ReLIFT: reinforcement learning interleaved with online fine-tuning on the hardest questions.
+"""ReLIFT: reinforcement learning interleaved with fine-tuning on the hardest questions. See docs/relift.md
 
     Learning What Reinforcement Learning Can't: Interleaved Online Fine-Tuning for Hardest Questions.
     Ma, Liang, Qiang, Tang, Ma, Wong, Niu, Shen, He, Li, Cui, Zhang. arXiv:2506.07527.
@@ -126,7 +126,12 @@ def make_batch(run, args, problems) -> list[Row]:
 
 
 def hardest(rows: list[Row]) -> list:
-    """The problems whose rollouts all have reward 0, in the order of the rows."""
+    """The problems whose rollouts all have reward 0, in the order of the rows.
+
+    >>> rollouts = ("A", 0.0), ("B", 0.0), ("A", 1.0), ("B", 0.0), ("C", 0.0)     # problem and reward
+    >>> hardest([Row(problem, response=[], reward=reward) for problem, reward in rollouts])
+    ['B', 'C']
+    """
     rewards = defaultdict(list)
     for row in rows:
         rewards[row.problem].append(row.reward)
@@ -191,6 +196,15 @@ def main():
         run.log("relift/used", len(run.state["used"]) / max(1, len(by_index)))
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
+
+
+# What `uv run` installs: as in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers>=5.16.1,<6", "datasets>=5.2,<6", "math-verify>=0.9,<0.10", "tqdm>=4.67",
+# ]
+# ///
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TOPR: tapered off-policy REINFORCE. Many updates on one set of responses, of any age, right and wrong ones.
+"""TOPR: tapered off-policy REINFORCE. Many updates on one set of right and wrong responses. See docs/topr.md
 
     Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs.
     Le Roux, Bellemare, Lebensold, Bergeron, Greaves, Fréchette, Pelletier, Thibodeau-Laufer, Toth, Work.
@@ -151,7 +151,11 @@ def make_set(run, args, rows):
 
 
 def pick(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
-    """Off-policy: mini-batch number `place` of an iteration's set, which has a new order in every epoch."""
+    """Off-policy: mini-batch number `place` of an iteration's set, which has a new order in every epoch.
+
+    >>> [pick([1, 2, 3], 2, place, seed="0 1") for place in range(4)]     # places 2 and 3: the second epoch
+    [[2, 1], [3], [3, 2], [1]]
+    """
     epoch, number = divmod(place, math.ceil(len(rows) / size))
     order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
     return order[number * size:(number + 1) * size]
@@ -185,6 +189,15 @@ def main():
             run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW
         run.end_step()  # weights to the sampler; evaluation, metrics, checkpoint
     run.end()
+
+
+# What `uv run` installs: as in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "transformers>=5.16.1,<6", "datasets>=5.2,<6", "math-verify>=0.9,<0.10", "tqdm>=4.67",
+# ]
+# ///
 
 
 if __name__ == "__main__":

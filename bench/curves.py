@@ -5,6 +5,7 @@
     python bench/curves.py --only LUFFY GRPO     # some
     python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
+    python bench/curves.py --pages               # figures and tables of the methods' pages in docs/, from there too
 
 One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step,
 seconds of training until then (evaluation not counted), accuracy per slice, entropy and response length.
@@ -29,13 +30,20 @@ METHODS = {  # name: script, flags, colour
     "LUFFY, no shaping": ("luffy", ["--shaping", "none"], "lightcoral"),
     "CHORD-mu": ("chord", [], "tab:blue"),
     "CHORD-phi": ("chord", ["--preset", "phi"], "tab:cyan"),
-    "RL with SFT loss": ("chord", ["--preset", "rl+sft"], "tab:purple"),
+    "RL with SFT loss": ("chord", ["--preset", "constant"], "tab:purple"),
     "SFT": ("chord", ["--mu_peak", "1", "--mu_valley", "1", "--expert_share", "0.111"], "tab:grey"),
     "ReLIFT": ("relift", [], "tab:green"),
     "TOPR": ("topr", [], "tab:red"),
     "TOPR, tis": ("topr", ["--weights", "tis"], "tab:orange"),
     "TOPR, ppo": ("topr", ["--weights", "ppo"], "tab:blue"),
     "TOPR, reinforce": ("topr", ["--weights", "reinforce"], "black"),
+}
+PAGES = {  # page in docs/: methods on it, and the slice at which they are told apart
+    "grpo": (("GRPO", "LUFFY", "CHORD-mu", "ReLIFT"), "hard"),
+    "luffy": (("LUFFY", "LUFFY, no shaping", "GRPO", "SFT"), "hard"),
+    "chord": (("CHORD-mu", "CHORD-phi", "RL with SFT loss", "SFT", "GRPO"), "hard"),
+    "relift": (("ReLIFT", "LUFFY", "SFT", "GRPO"), "hard"),
+    "topr": (("TOPR", "TOPR, tis", "TOPR, ppo", "TOPR, reinforce"), "easy"),
 }
 
 
@@ -64,6 +72,21 @@ def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[
     return evaluations
 
 
+def draw_method(axis, lines: list[dict], method: str, metric: str, against: str = "step"):
+    """The mean over the method's runs, and the range between the lowest and the highest."""
+    points, colour = defaultdict(list), METHODS[method][2]
+    for line in lines:
+        if line["method"] == method and metric in line:
+            points[line["step"]].append(line)
+    if not points:
+        return
+    x = [statistics.mean(line[against] for line in points[step]) for step in sorted(points)]
+    values = [[line[metric] for line in points[step]] for step in sorted(points)]
+    style = "--" if method == "TOPR, tis" else "-"  # it lies on TOPR's line
+    axis.plot(x, [statistics.mean(v) for v in values], style, color=colour, label=method)
+    axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0)
+
+
 def draw(evaluations: list[dict], path: Path):
     """Mean over seeds, and the range between the lowest and the highest as a band."""
     import matplotlib
@@ -85,18 +108,8 @@ def draw(evaluations: list[dict], path: Path):
     ]
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), constrained_layout=True)
     for axis, (lines, metric, against, title) in zip(axes.flat, panels):
-        for method, (_, _, colour) in METHODS.items():
-            points = defaultdict(list)
-            for line in lines:
-                if line["method"] == method and metric in line:
-                    points[line["step"]].append(line)
-            if points:
-                x = [statistics.mean(line[against] for line in points[step]) for step in sorted(points)]
-                values = [[line[metric] for line in points[step]] for step in sorted(points)]
-                style = "--" if method == "TOPR, tis" else "-"  # it lies on TOPR's line
-                axis.plot(x, [statistics.mean(v) for v in values], style, color=colour, label=method)
-                low, high = [min(v) for v in values], [max(v) for v in values]
-                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        for method in METHODS:
+            draw_method(axis, lines, method, metric, against)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("optimiser steps" if against == "step" else "seconds of training, one CPU thread")
         if metric.startswith("accuracy"):
@@ -107,6 +120,65 @@ def draw(evaluations: list[dict], path: Path):
     figure.savefig(path, dpi=100)
 
 
+def draw_page(evaluations: list[dict], page: str, path: Path):
+    """Accuracy per slice of a page's methods, on bases of q = 0.02."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in evaluations if line["q"] == 0.02]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True)
+    for axis, part in zip(axes, ("easy", "hard", "ood")):
+        for method in PAGES[page][0]:
+            draw_method(axis, lines, method, f"accuracy/{part}")
+        axis.set(title=f"{part} problems", xlabel="step", ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("accuracy on 128 held-out problems")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def page_table(evaluations: list[dict], page: str) -> str:
+    """Markdown: where the runs of a page's methods end, when they get there, and the time of a step."""
+    methods, part = PAGES[page]
+    runs = defaultdict(lambda: defaultdict(list))  # method: {(base_seed, seed): evaluations}
+    for line in evaluations:
+        if line["q"] == 0.02:
+            runs[line["method"]][line["base_seed"], line["seed"]].append(line)
+
+    def span(values: list[float]) -> str:
+        return f"{min(values):.2f}-{max(values):.2f}"
+
+    def seconds(method: str, key) -> float:
+        return runs[method][key][-1]["seconds"] / runs[method][key][-1]["step"]
+
+    columns = ["", "easy", "hard", "ood", f"steps until {part} > 0.5", "time of a step, GRPO's = 1"]
+    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for method in methods:
+        ends = [lines[-1] for lines in runs[method].values()]
+        above = [next((line["step"] for line in lines if line[f"accuracy/{part}"] > 0.5), None)
+                 for lines in runs[method].values()]
+        reached = sorted(step for step in above if step is not None)
+        first = ", ".join(map(str, reached)) + (f"; {above.count(None)} never" if None in above else "")
+        ratio = span([seconds(method, key) / seconds("GRPO", key) for key in runs[method]])
+        cells = [span([line[f"accuracy/{name}"] for line in ends]) for name in ("easy", "hard", "ood")]
+        cells = [method, *cells, first.removeprefix("; "), "1" if method == "GRPO" else ratio]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def write_pages(evaluations: list[dict]):
+    """Draws the pages' figures, and puts their tables between the lines <!-- table --> and <!-- end -->."""
+    for page in PAGES:
+        draw_page(evaluations, page, RESULTS.parent / f"{page}.png")
+        path = ROOT / "docs" / f"{page}.md"
+        before, _, rest = path.read_text(encoding="utf-8").partition("<!-- table -->\n")
+        _, _, after = rest.partition("<!-- end -->\n")
+        table = page_table(evaluations, page)
+        path.write_text(f"{before}<!-- table -->\n{table}\n<!-- end -->\n{after}", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -115,8 +187,11 @@ def main():
     parser.add_argument("--q", type=float, default=0.02, help="probability of a door, see toy.py")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--draw", action="store_true", help="only draw")
+    parser.add_argument("--pages", action="store_true", help="only the methods' pages in docs/")
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
+    if args.pages:
+        return write_pages([json.loads(line) for line in open(RESULTS)])
     if not args.draw:
         sys.path.insert(0, str(ROOT))
         from runtime import toy

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,7 +112,7 @@ def timed(function, repeats: int) -> list[float]:
 
 # -------------------------------------------------------------------- the parts, which yield figures by name
 def environment(size, folder):
-    yield "date", datetime.now(timezone.utc).isoformat(timespec="seconds")
+    yield "date", datetime.now(UTC).isoformat(timespec="seconds")
     yield "device", torch.cuda.get_device_name() if ON_CARD else f"CPU, {platform.machine()}"
     if ON_CARD:
         yield "memory_gb", torch.cuda.get_device_properties(DEVICE).total_memory / 1e9

@@ -1,5 +1,7 @@
 """The run's folder runs/<name>: arguments, metrics, samples, checkpoint; how a run is resumed and ended."""
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import pickle
@@ -24,7 +26,9 @@ from runtime.flags import Args, fail
 from runtime.rows import Codec, Row
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be in a run of one process
-FREE = {"resume", "steps", "name", "offload"}  # flags that may change when a run is resumed
+# Flags that may change when a run is resumed: no result depends on them (on --eval_every what is logged does).
+FREE = {"resume", "steps", "name", "tracker", "save_every", "device", "rollout", "offload", "micro_tokens",
+        "gpu_memory_utilization"}
 
 
 @contextlib.contextmanager
@@ -41,7 +45,9 @@ class Record:
     """A run's folder, and what the first process writes there; of a checkpoint each writes its part."""
 
     def __init__(self, args: Args):
-        self.args, self.script = args, Path(sys.argv[0]).stem
+        if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
+            fail(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or leave the flag out")
+        self.args, self.script, self.tracking = args, Path(sys.argv[0]).stem, False
         self.folder = processes.gather(self.choose_folder() if processes.first() else None)[0]
         self.sums = defaultdict(lambda: [0.0, 0])      # of values that every process has
         self.own_sums = defaultdict(lambda: [0.0, 0])  # of those of this process's rows
@@ -149,6 +155,19 @@ class Record:
             return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self.args.tracker != "none":
+            self.track(name, line)
+
+    def track(self, name: str, line: dict):
+        """Sends a line of metrics.jsonl or samples.jsonl to --tracker, where a resumed run is another run."""
+        tracker = importlib.import_module(self.args.tracker)
+        if not self.tracking:
+            tracker.init(project="minimal-luffy", name=self.folder.name, config=self.settings())
+            self.tracking = True  # until the program ends, which both packages notice
+        values = {key: value for key, value in line.items() if key != "step"}
+        if name == "samples.jsonl":
+            values = {"sample": tracker.Table(columns=list(values), data=[list(values.values())])}
+        tracker.log(values, step=line["step"])
 
     # ---- samples
     def describe(self, step: int, row: Row, codec: Codec) -> dict:

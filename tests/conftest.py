@@ -118,6 +118,13 @@ def load(folder: str, dtype=torch.float64):
 
 
 # ------------------------------------------------------------------------------------------------ runs
+def optional(package: str):
+    """The package, or the test is skipped; not where REQUIRE_OPTIONAL is set, as in CI."""
+    if os.environ.get("REQUIRE_OPTIONAL"):
+        return importlib.import_module(package)
+    return pytest.importorskip(package, reason=f"{package}: pip install -r tests/requirements-optional.txt")
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

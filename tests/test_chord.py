@@ -174,7 +174,7 @@ def shared_run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chord")
     texts = [THOUGHT % i if i % 5 else None for i in range(20)]
     for i in (0, 5):
-        texts[i] = "<think>\n" + "a=2\n" * 50 + "</think>\n\\boxed{%d}" % i
+        texts[i] = "<think>\n" + "a=2\n" * 50 + f"</think>\n\\boxed{{{i}}}"
     rows = [{"problem": f"a={i};a?", "answer": str(i), "demonstration": text} for i, text in enumerate(texts)]
     data = write_jsonl(folder / "rows.jsonl", rows)
     held_out = write_jsonl(folder / "held_out.jsonl", rows[:1])

@@ -267,7 +267,7 @@ def test_no_system_message_for_a_template_that_refuses_one(system, row, make_run
 
     model, tokenizer = load(tiny_model)
     tokenizer.chat_template = ("{% for m in messages %}"
-                               "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m['role'] + m['content'] }}{% endfor %}{{ 'assistant' }}")
+                               "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ m['role'] + m['content'] }}{% endfor %}{{ 'assistant' }}")  # noqa: E501
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["grpo", "--model", str(tmp_path / "model"), "--data", write_jsonl(tmp_path / "rows.jsonl", [row]), *SMALL]
@@ -370,7 +370,8 @@ def test_a_reward_that_cannot_be_called_is_one_line(name, named, own, make_run, 
 
 @pytest.mark.parametrize("source, text, named", (
     ("other.py:f", "", "no such file"), ("bad.py:f", "def f(:", "SyntaxError"),
-    ("bad.py:f", "1/0", "ZeroDivisionError"), ("bad.py", "", "FILE.py:function"), ("bad.txt:f", "", "FILE.py:function")))
+    ("bad.py:f", "1/0", "ZeroDivisionError"), ("bad.py", "", "FILE.py:function"),
+    ("bad.txt:f", "", "FILE.py:function")))
 def test_a_file_without_a_reward_is_one_line(source, text, named, make_run, tiny_model, coin_data, tmp_path, refused):
     (tmp_path / "bad.py").write_text(text)
     (tmp_path / "bad.txt").write_text(text)

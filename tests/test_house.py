@@ -5,10 +5,11 @@ import inspect
 import json
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL, run_script
+from conftest import ROOT, SCRIPTS, SMALL, optional, run_script
 
 import common
 from runtime.flags import GROUPS
@@ -155,3 +156,25 @@ def test_help_and_a_typo_wait_for_no_heavy_import(script, flags, code, tmp_path)
     modules = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "|" in line}
     assert "argparse" in modules
     assert not {"torch", "transformers", "datasets"} & modules
+
+
+# ------------------------------------------------------------------------------------- what is installed
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_uv_run_installs_what_requirements_txt_says(script):
+    """The comment block of PEP 723, read as the standard says."""
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    start = lines.index("# /// script")
+    block = lines[start + 1:lines.index("# ///", start)]
+    metadata = tomllib.loads("\n".join(line[2:] for line in block))
+    required = [line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    tests_alone = ("pytest", "hypothesis")
+    assert metadata == {
+        "requires-python": ">=3.11",
+        "dependencies": [line for line in required if not line.startswith(("#", *tests_alone))]}
+
+
+def test_ruff_has_nothing_to_say():
+    optional("ruff")
+    process = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, text=True,
+                             capture_output=True)
+    assert process.returncode == 0, process.stdout

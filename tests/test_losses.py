@@ -10,8 +10,8 @@ from conftest import assert_parts_add_up
 from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
-from relift import rl_loss, sft_loss, take_from_buffer
-from topr import topr_loss
+from relift import hardest, rl_loss, sft_loss, take_from_buffer
+from topr import pick, topr_loss
 
 LOSSES = {  # with every setting that goes another way through them
     "grpo": (grpo_loss, {"clip_high": 0.28}),
@@ -85,9 +85,9 @@ def test_the_other_functions_can_be_copied_alone():
 
 
 @pytest.mark.parametrize("function", (group_advantages, grpo_loss, luffy_loss, chord_loss, mu_schedule, rl_loss,
-                                      sft_loss, take_from_buffer, topr_loss))
+                                      sft_loss, hardest, take_from_buffer, topr_loss, pick))
 def test_the_numbers_of_its_docstring(function):
-    example, = doctest.DocTestFinder().find(function, globs={"torch": torch, function.__name__: function})
+    example, = doctest.DocTestFinder().find(function, globs=dict(function.__globals__))
     report = []
     results = doctest.DocTestRunner().run(example, out=report.append)
     assert results.attempted > 0

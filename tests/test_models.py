@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("shared_verifier")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 GEMMA = ("{{ '<s>' }}{% for m in messages %}"
-         "{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+         "{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")  # noqa: E501
 PLAIN = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
 QUESTIONS = "{{ '<s>' }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
