@@ -13,7 +13,7 @@ import jinja2
 from runtime.files import READERS, as_text, read_file
 from runtime.flags import Args, check, fail
 from runtime.rows import Codec, Problem
-from runtime.verification import RIGHT
+from runtime.verification import RIGHT, UNPARSED
 
 SYSTEM = ("Think step by step before you answer. Write your thinking between <think> and </think>, "
           "and after it the final answer in \\boxed{}.")
@@ -141,11 +141,11 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
             unread += demonstration is None
             problems.append(Problem(index, text, prompt, answer, codec.until_end(demonstration or ""),
                                     str(row.get("data_source") or part or Path(source).stem), row))
-    answers = sorted({problem.answer for problem in problems})
-    verdicts = dict(zip(answers, verifier(answers, [f"</think>\\boxed{{{answer}}}" for answer in answers])))
-    left_out["whose answer math-verify does not find equal to itself"] = sum(
-        verdicts[problem.answer] != RIGHT for problem in problems)
-    problems = [problem for problem in problems if verdicts[problem.answer] == RIGHT]
+    unusable = find_unusable_golds(problems, verifier)
+    for problem in problems:
+        if problem.answer in unusable:
+            left_out[unusable[problem.answer]] += 1
+    problems = [problem for problem in problems if problem.answer not in unusable]
     for reason, count in left_out.items():
         if count:
             print(f"{source}: left out {count} of {len(rows)} rows {reason}")
@@ -155,6 +155,19 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
     if not problems:
         fail(f"{source}: none of its {len(rows)} rows can be used")
     return problems
+
+
+def find_unusable_golds(problems: list[Problem], verifier) -> dict[str, str]:
+    """Answers that no response can be compared with, and why: the reason names the first such answer."""
+    golds = list(dict.fromkeys(problem.answer for problem in problems))
+    unusable, reasons = {}, {}
+    for gold, verdict in zip(golds, verifier.check_golds(golds)):
+        if verdict != RIGHT:
+            reason = "math-verify does not find equal to itself"
+            if verdict == UNPARSED:
+                reason = "math-verify holds only as text, so that an equal one in another form would be wrong"
+            unusable[gold] = reasons.setdefault(reason, f"whose answer {reason}; the first is {gold[:80]!r}")
+    return unusable
 
 
 def leave_out_demonstrations(source: str, problems: list[Problem], verifier):

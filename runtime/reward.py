@@ -58,7 +58,11 @@ class OwnReward:
         return number
 
     def __call__(self, golds: list[str], responses: list[str]) -> list[int]:
-        """Every reference can be used and every demonstration imitated: math-verify is not asked."""
+        """Every demonstration can be imitated: math-verify is not asked."""
+        return [RIGHT] * len(golds)
+
+    def check_golds(self, golds: list[str]) -> list[int]:
+        """Every reference can be used."""
         return [RIGHT] * len(golds)
 
     def judge(self, rows, codec) -> tuple[list[str], list[int]]:

@@ -39,8 +39,17 @@ def response(answer: str) -> str:
     (r"\boxed{1}</think>", None),
     (r"</think>\boxed{1}</think>\boxed{2}", "2"),
     (r"</think>\boxed{1}</think>", None),
-    (r"</think>\boxed 1", None),
-    (r"</think>\fbox{1}", None),
+    (r"</think>\boxed 1", "1"),
+    (r"</think>$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+    (r"</think>\boxed {1}", "1"),
+    ("</think>\\boxed\n{1}", "1"),
+    (r"</think>\fbox{1}", "1"),
+    (r"</think>\boxed{1} or \fbox {2}", "2"),
+    (r"</think>\boxed{1}: I put it into a \boxed{}", "1"),  # the last one with content
+    (r"</think>\boxed{1} \boxed{ } \fbox{} \boxed", "1"),
+    (r"</think>\boxed{}\boxed{ }", " "),
+    (r"</think>\boxed{1} \boxedblank{2}", "1"),   # another command
+    (r"</think>\boxed", ""),
     ("</think>", None),
     ("", None),
 ))
@@ -83,8 +92,8 @@ def test_without_a_box_there_is_no_verdict(verifier):
 
 
 def test_the_reference_comes_first(verifier):
-    """math-verify is not symmetric: of these two orders one is right and the other wrong."""
-    assert verifier([r"x>5", r"(5,\infty)"], [response(r"(5,\infty)"), response("x>5")]) == [RIGHT, WRONG]
+    """The comparison is not symmetric: of these two orders one is right and the other wrong."""
+    assert verifier(["6", "6m"], [response("6m"), response("6")]) == [RIGHT, WRONG]
 
 
 def test_a_thousand_ordinary_answers_take_seconds(verifier):
@@ -179,7 +188,7 @@ def test_the_time_between_answers_is_not_an_answers(verifier):
 
 def test_boxes_without_number_or_end(verifier):
     start = time.perf_counter()
-    many = "</think>" + r"\boxed{1}" * 20_000 + r"\boxed{7}"
+    many = "</think>" + r"\boxed{1}" * 20_000 + r"\boxed{7}" + r"\boxed{ }\fbox " * 20_000
     endless = ["</think>" + r"\boxed{" * 5000, "</think>" + "{" * 10**6, "</think>" * 10**5]
     assert verifier(["7"] * 4, [many, *endless]) == [RIGHT, None, None, None]
     assert time.perf_counter() - start < 10
