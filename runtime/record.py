@@ -210,7 +210,7 @@ class Record:
         try:
             dcp.save(tensors, checkpoint_id=new, no_dist=processes.world() == 1)
         except CheckpointException as error:  # what stopped one process is what there is to say
-            raise next(iter(error.failures.values()))[0]
+            raise next(iter(error.failures.values()))[0] from None
         processes.gather()
         if processes.first():
             before = self.checkpoints()

@@ -76,8 +76,8 @@ def test_spread_gives_results_in_the_order_of_the_items(world, monkeypatch):
     monkeypatch.setattr(processes, "world", lambda: world)
     parts = [[10 * item for item in range(7)[rank::world]] for rank in range(world)]
     for rank in range(world):
-        monkeypatch.setattr(processes, "rank", lambda: rank)
-        monkeypatch.setattr(processes, "gather", lambda part: parts if part == parts[rank] else None)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "gather", lambda part, own=parts[rank]: parts if part == own else None)
         assert processes.spread(lambda items: [10 * item for item in items], list(range(7))) == list(range(0, 70, 10))
 
 
