@@ -14,6 +14,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+
+from runtime.normalise import comparable, normalise, prose, same, usable_as_text
 
 ANSWER_SECONDS = 3.0        # wall clock for one answer
 ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
@@ -81,7 +84,6 @@ def compare(gold: str, answer: str) -> int:
     3,108 become wrong and 5 right.
     """
     from math_verify import verify
-    from normalise import comparable, normalise, same
 
     pair = normalise(gold), normalise(answer)
     if not same(*pair):
@@ -104,7 +106,6 @@ def check_gold(gold: str) -> int:
     Letters and a few words, such as names, have no other form.
     """
     from math_verify import verify
-    from normalise import comparable, normalise, prose, usable_as_text
 
     gold = normalise(gold)
     if usable_as_text(gold):
@@ -210,9 +211,10 @@ class Verifier:
 
     def start_worker(self) -> subprocess.Popen:
         """In a session of its own: Ctrl-C is for the trainer."""
-        command = [sys.executable, __file__, str(ANSWER_SECONDS), str(ANSWER_MEGABYTES)]
+        command = [sys.executable, "-m", "runtime.verification", str(ANSWER_SECONDS), str(ANSWER_MEGABYTES)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+                                stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+                                cwd=Path(__file__).parent.parent)
 
     def ask(self, *texts: str) -> int:
         worker = self.idle.get()
