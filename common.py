@@ -44,7 +44,6 @@ from runtime.flags import Args, fail, flag, parse, parse_early
 
 parse_early()  # the other imports take seconds
 
-import datasets
 import torch
 import transformers
 
@@ -66,9 +65,9 @@ class Run:
     """A run's state, and the steps of main()'s loop. What they write goes to runs/<name>/ (`record`)."""
 
     def __init__(self, args: Args):
-        for logging in (transformers.utils.logging, datasets.utils.logging):
-            logging.disable_progress_bar()
-            logging.set_verbosity(logging.CRITICAL)  # what matters is said here, in one line
+        logging = transformers.utils.logging
+        logging.disable_progress_bar()
+        logging.set_verbosity(logging.CRITICAL)  # what matters is said here, in one line
         self.args, self.device = args, choose_device(args)
         if args.prompts < processes.world():
             fail(f"--prompts {args.prompts} are fewer than the {processes.world()} processes that sample for them")

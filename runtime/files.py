@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import datasets
 
 from runtime.flags import fail
 
@@ -73,8 +72,15 @@ def read_csv(path: Path) -> list[dict]:
         fail(f"{path}, line {rows.line_num}: {error}")
 
 
+def load_dataset(*arguments, **options):
+    """`datasets.load_dataset`, imported when it is needed: that takes a moment, and the toy never does."""
+    import datasets
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors are said in one line here
+    return datasets.load_dataset(*arguments, **options)
+
+
 def read_parquet(path: Path) -> list[dict]:
-    return datasets.load_dataset("parquet", data_files=str(path))["train"].to_list()
+    return load_dataset("parquet", data_files=str(path))["train"].to_list()
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}

@@ -8,9 +8,6 @@ import transformers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import processes
@@ -97,6 +94,8 @@ def shard(model, device: torch.device, offload: bool):
     On a card matrix products are in bfloat16; the weights that are kept, their gradients and what is summed
     over processes are float32. offload: what is kept is in host memory, where the optimiser's step is taken.
     """
+    from torch.distributed.fsdp import (  # here, since a CPU alone can do without and waits for it
+        CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
     options = {"mesh": init_device_mesh(device.type, (processes.world(),)),
                "reshard_after_forward": True}  # the root's too: parameters() are those that are kept
     if device.type == "cuda":
@@ -112,7 +111,7 @@ def shard(model, device: torch.device, offload: bool):
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which each process may have a part. If so, all of them have to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy

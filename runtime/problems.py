@@ -7,10 +7,9 @@ from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
-import datasets
 import jinja2
 
-from runtime.files import READERS, as_text, read_file
+from runtime.files import READERS, as_text, load_dataset, read_file
 from runtime.flags import Args, check, fail
 from runtime.rows import Codec, Problem
 from runtime.verification import RIGHT, UNPARSED
@@ -35,7 +34,8 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
         if path.is_file():
             rows = read_file(path)
         else:
-            splits = datasets.load_dataset(source)
+            print(f"{source}: no file here, so it is loaded from the Hub", flush=True)
+            splits = load_dataset(source)
             split = "test" if held_out and "test" in splits else "train"
             if split not in splits:
                 fail(f"{source} has no split {split}, only {', '.join(splits)}")
