@@ -70,7 +70,7 @@ class Run:
         logging.set_verbosity(logging.CRITICAL)  # what matters is said here, in one line
         self.args, self.device = args, choose_device(args)
         if args.prompts < processes.world():
-            fail(f"--prompts {args.prompts} are fewer than the {processes.world()} processes that sample for them")
+            fail(f"--prompts {args.prompts} are fewer than the {processes.world()} processes that sample")
         self.record = Record(args)
         if args.dry_run:
             memory.dry_run(args, self.record.script, self.device)
@@ -139,7 +139,7 @@ class Run:
         return rows
 
     def verify(self, rows: list[Row]) -> torch.Tensor:
-        r"""Sets row.reward and returns the rewards, (B,): 1.0 or 0.0, or what the function of --reward says.
+        r"""Sets row.reward and returns the rewards (rows,): 1.0 or 0.0, or what the function of --reward says.
 
         1.0 if the \boxed{} answer after </think> equals the reference by math-verify; 0.0 also without a
         </think>, without a box, and for a response that was cut. Logs rewards, groups and verdicts.
@@ -208,7 +208,7 @@ class Run:
             yield collate(part, self.device)
 
     def logprobs(self, batch: Batch, entropy_bonus: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of response tokens under the policy and its entropy there, both (B, T), in nats.
+        """Log-probs of response tokens under the policy and its entropy there, both (rows, T), in nats.
 
         At --temperature: logits are divided by it first. Without a bonus the entropy is not computed: zeros.
         """

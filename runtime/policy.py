@@ -17,6 +17,7 @@ from runtime.rows import Batch, Codec
 LOGIT_CHUNK = 256  # tokens whose logits are held at once
 ROUNDING = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token by which two passes may differ: float32, bfloat16
 SMALL = 5_000_000  # parameters up to which a CPU is faster with one thread, see bench/threads.py
+LARGE = 200_000_000  # parameters from which on nobody wants a CPU without having said so
 PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
@@ -174,7 +175,7 @@ def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entr
 
 
 def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
-    """Log-probs of response tokens and entropy (zeros without `entropy`), both (B, T); 0 outside the mask."""
+    """Log-probs of response tokens and entropy (0 without `entropy`), both (rows, T); 0 outside the mask."""
     # Without a mask, which flash kernels do not take: padding is on the right, where no token looks.
     output = model.base_model(input_ids=batch.tokens, use_cache=False)
     row, _ = batch.mask.nonzero(as_tuple=True)            # (N,) for the N tokens in the mask
@@ -202,6 +203,11 @@ class Policy:
         self.codec = Codec(self.tokenizer, self.model.generation_config, size)
         if self.tokenizer.pad_token_id is None or self.tokenizer.pad_token_id >= size:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.codec.end)
+        if device.type == "cpu" and args.device == "auto" and self.size() >= LARGE:
+            why = ("this torch is built for CPUs alone" if torch.version.cuda is None else
+                   f"its CUDA {torch.version.cuda} needs a driver that has it; nvidia-smi says what is there")
+            fail(f"--model {args.model}: torch sees no CUDA device ({why}), and {self.size() / 1e6:.0f}M "
+                 "parameters take a CPU days: --device cpu if that is meant")
         if device.type == "cpu" and self.size() <= SMALL and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # two wait for each other, for ever when another process has a core
         self.model.logprobs = types.MethodType(logprobs, self.model)

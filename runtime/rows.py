@@ -35,13 +35,13 @@ class Row:
 
 @dataclass
 class Batch:
-    """B rows as tensors: prompts and responses, right-padded to S tokens, and responses alone, to T."""
-    tokens: torch.Tensor      # (B, S) ids
-    positions: torch.Tensor   # (B, T) where in S a response token stands
-    mask: torch.Tensor        # (B, T) true on response tokens, from lengths: EOS is a token like any other
-    old_logp: torch.Tensor    # (B, T)
-    advantages: torch.Tensor  # (B,)
-    is_demo: torch.Tensor     # (B,) bool
+    """Rows as tensors: prompts and responses, right-padded to S tokens, and responses alone, to T."""
+    tokens: torch.Tensor      # (rows, S) ids
+    positions: torch.Tensor   # (rows, T) where in S a response token stands
+    mask: torch.Tensor        # (rows, T) true on response tokens, from lengths: EOS is a token like any other
+    old_logp: torch.Tensor    # (rows, T)
+    advantages: torch.Tensor  # (rows,)
+    is_demo: torch.Tensor     # (rows,) bool
 
 
 def collate(rows: list[Row], device) -> Batch:

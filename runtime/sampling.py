@@ -16,7 +16,7 @@ import transformers
 
 from runtime import processes
 from runtime.flags import Args, explain, fail
-from runtime.policy import Policy
+from runtime.policy import SMALL, Policy
 from runtime.rows import Problem, Row, collate
 
 STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
@@ -169,6 +169,7 @@ class VLLMSampler:
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the import reads both
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
         try:
             import vllm
         except ImportError as error:
@@ -234,6 +235,9 @@ class Sampler:
         self.args, self.policy, engine = args, policy, args.rollout
         if engine == "auto":
             engine = "vllm" if policy.device.type == "cuda" and find_spec("vllm") else "transformers"
+            if policy.device.type == "cuda" and engine != "vllm" and policy.size() > SMALL:
+                fail('on a GPU vLLM samples, and it is not installed: pip install "vllm>=0.32,<0.33"; '
+                     "--rollout transformers does without it, many times slower and with more memory")
         if engine == "vllm":
             length = args.max_prompt + max(args.max_response, args.eval_response)
             self.engine = VLLMSampler(policy.model, policy.tokenizer, length, args.gpu_memory_utilization,

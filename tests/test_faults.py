@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import ROOT, SMALL, load, read_jsonl, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runtime import policy, sampling
 from runtime.problems import load_problems, read_rows
 from runtime.rows import Codec
 from runtime.verification import RIGHT, Verifier
@@ -354,3 +356,26 @@ def test_the_saved_model_is_the_trained_one(make_run, tiny_model, coin_data):
     saved, _ = load(str(run.record.folder / "model"), torch.float32)
     for trained, loaded in zip(run.policy.model.parameters(), saved.parameters()):
         assert torch.equal(trained, loaded)
+
+
+# ------------------------------------------------------------------------------------------- hardware
+def test_a_large_model_without_a_card_is_one_line_unless_a_cpu_is_asked_for(
+        make_run, tiny_model, coin_data, monkeypatch, capsys):
+    monkeypatch.setattr(policy, "LARGE", 1000)
+    flags = ["grpo", "--model", tiny_model, "--data", coin_data, *SMALL]
+    with pytest.raises(SystemExit) as end:
+        make_run(*flags)
+    assert end.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "torch sees no CUDA device" in line and "--device cpu" in line
+    make_run(*flags, "--device", "cpu")
+
+
+def test_a_card_without_vllm_is_one_line_for_all_but_small_models(monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    card = SimpleNamespace(device=torch.device("cuda"), size=lambda: 10**9)
+    with pytest.raises(SystemExit) as end:
+        sampling.Sampler(SimpleNamespace(rollout="auto"), card)
+    assert end.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert "pip install" in line and "--rollout transformers" in line

@@ -136,7 +136,7 @@ def test_dry_run_says_what_fits_on_which_card(dry_run):
 
 def test_the_readmes_table_is_what_the_estimate_says():
     rows = re.findall(r"^\| ([\d.]+B): H (\d+), (\d+) layers, I (\d+) \| (yes|no) \|(.*)\|$",
-                      (ROOT / "README.md").read_text(), re.M)
+                      (ROOT / "docs" / "cards.md").read_text(), re.M)
     assert len(rows) >= 6
     for _, hidden, layers, inner, offload, cells in rows:
         large, offload = int(hidden) > 3000, offload == "yes"
@@ -174,3 +174,14 @@ def test_rope_and_positions_are_those_of_the_flags(tiny_model, make_run, coin_da
     config = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
     assert config.rope_parameters["rope_theta"] == 40000
     assert config.max_position_embeddings == 512
+
+
+def test_the_readmes_short_table_is_the_long_one():
+    """yes where a model fits, --offload where it does only so."""
+    long = re.findall(r"^\| ([\d.]+B): .*? \| (yes|no) \|(.*)\|[^|]*\|$", (ROOT / "docs" / "cards.md").read_text(), re.M)
+    fits = {(name, offload): [cell.strip() != "-" for cell in cells.split("|")] for name, offload, cells in long}
+    expected = {name: ["yes" if alone else "`--offload`" if offloaded else "no"
+                       for alone, offloaded in zip(fits[name, "no"], fits[name, "yes"], strict=True)]
+                for name, _ in fits}
+    short = re.findall(r"^\| ([\d.]+B) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert {name: [cell.strip() for cell in cells.split("|")] for name, cells in short} == expected
