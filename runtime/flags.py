@@ -16,7 +16,7 @@ GROUPS = {  # of --help; every flag stands in one, a method's own in the last
     "optimiser": "lr warmup weight_decay beta2 max_grad_norm entropy_bonus",
     "sampling": "temperature rollout gpu_memory_utilization",
     "evaluation": "eval_every eval_response eval_temperature eval_only",
-    "run": "name resume seed save_every tracker",
+    "run": "name resume seed save_every keep tracker",
     "machine": "device offload micro_tokens dry_run",
     "this method": "",
 }
@@ -137,6 +137,7 @@ class Args:
     resume: bool = flag("go on with the run --name from its last checkpoint", False)
     seed: int = flag("seed of the data's order and of sampling", 0, least=0)
     save_every: int = flag("steps between checkpoints; 0: only at the end", toy=20, real=50, least=0)
+    keep: int = flag("checkpoints that are kept, the newest; --resume goes on from the last", 1, least=1)
     tracker: str = flag("package that gets metrics and samples too; pip install it first", "none",
                         choices=("none", "trackio", "wandb"))
 

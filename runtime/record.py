@@ -27,7 +27,7 @@ from runtime.rows import Codec, Row
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be in a run of one process
 # Flags that may change when a run is resumed: no result depends on them (on --eval_every what is logged does).
-FREE = {"resume", "steps", "name", "tracker", "save_every", "device", "rollout", "offload", "micro_tokens",
+FREE = {"resume", "steps", "name", "tracker", "save_every", "keep", "device", "rollout", "offload", "micro_tokens",
         "gpu_memory_utilization"}
 
 
@@ -213,16 +213,14 @@ class Record:
             raise next(iter(error.failures.values()))[0] from None
         processes.gather()
         if processes.first():
-            before = self.checkpoints()
             shutil.rmtree(place, ignore_errors=True)  # only a step that is done twice has it
             os.replace(new, place)
-            for old in before:
-                if old != place:
-                    shutil.rmtree(old)
+            for old in self.checkpoints()[:-self.args.keep]:
+                shutil.rmtree(old)
         processes.gather()
 
     def checkpoints(self) -> list[Path]:
-        """Those that are whole, the last one last: two if a kill came before the older one was gone."""
+        """Those that are whole, the last one last: --keep, or more if a kill came before the oldest was gone."""
         return sorted(self.folder.glob("checkpoint/step-*"),
                       key=lambda path: int(path.name.removeprefix("step-")))
 

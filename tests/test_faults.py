@@ -358,6 +358,15 @@ def test_the_saved_model_is_the_trained_one(make_run, tiny_model, coin_data):
         assert torch.equal(trained, loaded)
 
 
+def test_the_newest_checkpoints_are_kept(command_line, coin_model, coin_data, tmp_path):
+    flags = ["--model", coin_model, "--data", coin_data, *SMALL, "--save_every", "1", "--name", "x"]
+    command_line("grpo", *flags, "--steps", "3", "--keep", "2").main()
+    checkpoints = tmp_path / "runs" / "x" / "checkpoint"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-3"]
+    command_line("grpo", *flags, "--steps", "4", "--resume").main()
+    assert [path.name for path in checkpoints.iterdir()] == ["step-4"]
+
+
 # ------------------------------------------------------------------------------------------- hardware
 def test_a_large_model_without_a_card_is_one_line_unless_a_cpu_is_asked_for(
         make_run, tiny_model, coin_data, monkeypatch, capsys):
