@@ -52,12 +52,13 @@ def seconds_a_step(model: Path, threads: int) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "threads.json")
     args = parser.parse_args()
     counts, results = sorted({1, 2, os.cpu_count()}), []
     with tempfile.TemporaryDirectory() as folder:
-        for name, size in SIZES.items():
-            model = random_model(*size, Path(folder, name))
+        for name in args.sizes:
+            model = random_model(*SIZES[name], Path(folder, name))
             figures = {}
             for _ in range(args.repeats):
                 for busy in (False, True):

@@ -16,7 +16,7 @@ from runtime.rows import Batch, Codec
 
 LOGIT_CHUNK = 256  # tokens whose logits are held at once
 ROUNDING = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token by which two passes may differ: float32, bfloat16
-SMALL = 5_000_000  # parameters up to which a CPU is faster with one thread, see bench/threads.py
+SMALL = 5_000_000  # parameters up to which a CPU gets one thread by default, see bench/threads.py
 LARGE = 200_000_000  # parameters from which on nobody wants a CPU without having said so
 PLAIN_TEMPLATE = (  # for a base model whose tokenizer has no chat template
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
@@ -209,7 +209,7 @@ class Policy:
             fail(f"--model {args.model}: torch sees no CUDA device ({why}), and {self.size() / 1e6:.0f}M "
                  "parameters take a CPU days: --device cpu if that is meant")
         if device.type == "cpu" and self.size() <= SMALL and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # two wait for each other, for ever when another process has a core
+            torch.set_num_threads(1)  # more wait for each other, for long where another process has a core
         self.model.logprobs = types.MethodType(logprobs, self.model)
         self.sharded = device.type == "cuda" or processes.world() > 1
         if self.sharded:

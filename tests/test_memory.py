@@ -178,7 +178,8 @@ def test_rope_and_positions_are_those_of_the_flags(tiny_model, make_run, coin_da
 
 def test_the_readmes_short_table_is_the_long_one():
     """yes where a model fits, --offload where it does only so."""
-    long = re.findall(r"^\| ([\d.]+B): .*? \| (yes|no) \|(.*)\|[^|]*\|$", (ROOT / "docs" / "cards.md").read_text(), re.M)
+    cards = (ROOT / "docs" / "cards.md").read_text()
+    long = re.findall(r"^\| ([\d.]+B): .*? \| (yes|no) \|(.*)\|[^|]*\|$", cards, re.M)
     fits = {(name, offload): [cell.strip() != "-" for cell in cells.split("|")] for name, offload, cells in long}
     expected = {name: ["yes" if alone else "`--offload`" if offloaded else "no"
                        for alone, offloaded in zip(fits[name, "no"], fits[name, "yes"], strict=True)]
