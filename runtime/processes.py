@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 PATIENCE = timedelta(hours=4)  # of a process that waits for others, who may download or sample
 store = None                   # through which processes hear of each other's end; None: there is one alone
+exit_code = 0                  # of a process that comes to its own end
 
 
 def start():
@@ -44,8 +45,15 @@ def start():
 
 
 def leave():
-    """At a process's end; vLLM, where it samples, does it itself, after the groups that it has made."""
-    if dist.is_initialized() and "vllm" not in sys.modules:
+    """At a process's end, when all is written: of several each ends at once, without the teardown of Python.
+
+    That may abort: threads of gloo and of the store are still waiting for processes that have gone.
+    """
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM does it itself, after its own groups
         dist.destroy_process_group()
 
 

@@ -279,7 +279,8 @@ class Record:
         if processes.world() > processes.local_world():
             python += " and its other flags, as before,"
         print(f"ended after step {step}; to go on: {python} {shlex.join(again)}")
-        raise SystemExit(128 + number)
+        processes.exit_code = 128 + number
+        raise SystemExit(processes.exit_code)
 
     def say_what_was_learnt(self):
         history = defaultdict(list)
