@@ -42,12 +42,12 @@ Deviations
   - The authors' framework averages micro-batches by their row counts, which is not the token mean of the
     step. Here it is, whatever the micro-batches.
   - The authors take r against the sampler's log-probs; here it is against the trainer's.
-  - The authors' example combines both weights: `--phi --mu_peak 0.5 --mu_valley 0.02 --mu_warmup 200
+  - The authors' example combines both weights: `--preset phi --mu_peak 0.5 --mu_valley 0.02 --mu_warmup 200
     --mu_decay 400`.
   - A side of weight 0 is not paid for: at μ = 1 nothing is sampled, at μ = 0 no demonstration is drawn.
     `--mu_peak 1 --mu_valley 1` is supervised fine-tuning.
-  - `--preset constant`, μ = 0.1 and φ = 1, mixes RL and SFT without CHORD's ideas. It is not the 'RL with
-    SFT loss' of LUFFY's paper, which has other normalisers and the prompts' own demonstrations.
+  - `--mu_peak 0.1 --mu_valley 0.1`, μ = 0.1 and φ = 1, mixes RL and SFT without CHORD's ideas. It is not the
+    'RL with SFT loss' of LUFFY's paper, which has other normalisers and the prompts' own demonstrations.
 
 On the toy (six runs, README.md) the share of hard problems solved ends at 0.92-0.97 with CHORD-μ and at
 0.91-0.99 with CHORD-φ, which passes 0.5 only at steps 30 to 55 (with μ = 0.1 and φ = 1 it is 10 or 15): φ
@@ -61,14 +61,10 @@ from dataclasses import dataclass
 
 import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-from common import Row, Run, flag
+from common import Problem, Row, Run, flag
 from grpo import group_advantages
 
-PRESETS = {  # --preset: the values of these flags, where they are not given themselves
-    "mu": {"mu_peak": 0.9, "mu_valley": 0.05, "phi": False},
-    "phi": {"mu_peak": 0.1, "mu_valley": 0.1, "phi": True},
-    "constant": {"mu_peak": 0.1, "mu_valley": 0.1, "phi": False},
-}
+PRESETS = {"mu": (0.9, 0.05), "phi": (0.1, 0.1)}  # --preset: --mu_peak and --mu_valley if they are not given
 
 
 @dataclass
@@ -77,13 +73,11 @@ class Args(common.Args):
     updates: int = flag("optimiser steps on the rows of a step", 1, least=1)
     clip_low: float = flag("ε_low: the ratio is clipped below 1 - ε_low", 0.2, least=0, most=1)
     clip_high: float = flag("ε_high: the ratio is clipped above 1 + ε_high (DAPO: 0.28)", 0.2, least=0)
-    preset: str = flag("CHORD-mu, CHORD-phi, or a constant mu and no weight per token", "mu",
-                       choices=tuple(PRESETS))
+    preset: str = flag("CHORD-mu, or CHORD-phi, whose weight is φ = p (1-p)", "mu", choices=tuple(PRESETS))
     mu_peak: float = flag("mu after warm-up (default: the preset's)", least=0, most=1)
     mu_valley: float = flag("mu after its decay (default: the preset's)", least=0, most=1)
     mu_warmup: int = flag("steps in which mu rises from 0 to --mu_peak", 0, least=0)
     mu_decay: int = flag("steps in which mu falls from --mu_peak to --mu_valley", toy=60, real=200, least=0)
-    phi: bool = flag("weigh demonstration tokens by p(1-p) (default: the preset's)")
     expert_share: float = flag("demonstrations' share of the rows", toy=0.06, real=0.2, least=0, most=0.99)
 
 
@@ -103,8 +97,12 @@ def mu_schedule(step: int, peak: float, valley: float, warmup: int, decay: int) 
     return valley
 
 
-def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout_tokens=None,
-               demo_tokens=None, clip_low=0.2, clip_high=0.2):
+def chord_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    is_demo: torch.Tensor, mu: float, phi: bool = False,
+    rollout_tokens: float | None = None, demo_tokens: float | None = None,
+    clip_low: float = 0.2, clip_high: float = 0.2,
+) -> tuple[torch.Tensor, dict]:
     """L without the entropy, for one micro-batch: GRPO on rollouts beside fine-tuning on demonstrations.
 
         loss = (1 - μ)/N_r Σ_i Σ_t max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high))    over rollouts: (1) to (4)
@@ -160,7 +158,7 @@ def chord_loss(logp, old_logp, advantages, mask, is_demo, mu, phi=False, rollout
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def make_batch(run, args, problems, mu) -> tuple[list[Row], list[Row]]:
+def make_batch(run: Run, args: Args, problems: list[Problem], mu: float) -> tuple[list[Row], list[Row]]:
     """Side by side: n rollouts for each prompt, and demonstrations of a stream of their own.
 
     No rollouts at mu = 1 and no demonstrations at mu = 0, where they would weigh nothing.
@@ -172,9 +170,9 @@ def make_batch(run, args, problems, mu) -> tuple[list[Row], list[Row]]:
 
 def main():
     args = common.parse(Args, __doc__)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    peak, valley = PRESETS[args.preset]
+    args.mu_peak = peak if args.mu_peak is None else args.mu_peak
+    args.mu_valley = valley if args.mu_valley is None else args.mu_valley
     run = Run(args)
     run.demonstrations.require(args.expert_share, args.prompts * args.n, max(args.mu_peak, args.mu_valley))
     for step in run.steps():
@@ -194,7 +192,7 @@ def main():
             for batch in run.micro_batches(minibatch, args.entropy_bonus):  # tensors, without rows of A = 0
                 logp, entropy = run.logprobs(batch, args.entropy_bonus)  # (rows, T); 0 outside the mask
                 loss, metrics = chord_loss(logp, batch.old_logp, batch.advantages, batch.mask, batch.is_demo,
-                                           mu, args.phi, tokens - demo_tokens, demo_tokens,
+                                           mu, args.preset == "phi", tokens - demo_tokens, demo_tokens,
                                            args.clip_low, args.clip_high)
                 run.backward(loss - args.entropy_bonus * entropy.sum() / tokens, metrics)
             run.optimizer_step(minibatch)  # clips the gradient's norm; AdamW

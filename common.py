@@ -58,7 +58,7 @@ from runtime.sampling import Sampler
 from runtime.stored import Demonstrations, KeptRows
 from runtime.verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier
 
-__all__ = ["Args", "Row", "Run", "flag", "parse"]  # what the scripts import from here
+__all__ = ["Args", "Problem", "Row", "Run", "flag", "parse"]  # what the scripts import from here
 
 
 class Run:

@@ -55,7 +55,7 @@ from dataclasses import dataclass
 
 import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-from common import Row, Run, flag
+from common import Problem, Row, Run, flag
 
 
 @dataclass
@@ -67,7 +67,9 @@ class Args(common.Args):
 
 
 # ---------------------------------------------------------------------------------------------- the loss
-def group_advantages(rewards, groups, std_normalise=False):
+def group_advantages(
+    rewards: torch.Tensor, groups: torch.Tensor, std_normalise: bool = False,
+) -> torch.Tensor:
     """A_i = R_i - mean(R of the group), as in arXiv:2503.20783, with the rewards of a whole step.
 
     rewards (rows,) of any dtype; groups (rows,) int, the same number for responses to the same prompt.
@@ -92,7 +94,11 @@ def group_advantages(rewards, groups, std_normalise=False):
     return advantages
 
 
-def grpo_loss(logp, old_logp, advantages, mask, normaliser=None, clip_low=0.2, clip_high=0.2):
+def grpo_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    normaliser: float | None = None,
+    clip_low: float = 0.2, clip_high: float = 0.2,
+) -> tuple[torch.Tensor, dict]:
     """-J without the entropy, for one micro-batch: GRPO's clipped policy gradient, arXiv:2402.03300, eq. 3.
 
         loss = 1/normaliser Σ_i Σ_t m_it max(-A_i r_it, -A_i clip(r_it, 1 - ε_low, 1 + ε_high))
@@ -138,7 +144,7 @@ def grpo_loss(logp, old_logp, advantages, mask, normaliser=None, clip_low=0.2, c
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def make_batch(run, args, problems) -> list[Row]:
+def make_batch(run: Run, args: Args, problems: list[Problem]) -> list[Row]:
     """On-policy: n rollouts of the policy for each prompt, and nothing else."""
     return run.rollout([problem for problem in problems for _ in range(args.n)])
 

@@ -55,7 +55,7 @@ from dataclasses import dataclass
 
 import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-from common import Row, Run, flag
+from common import Problem, Row, Run, flag
 from grpo import group_advantages
 
 
@@ -74,8 +74,12 @@ class Args(common.Args):
 
 
 # ---------------------------------------------------------------------------------------------- the loss
-def luffy_loss(logp, old_logp, advantages, mask, is_demo, normaliser=None, gamma=0.1,
-               clip_low=None, clip_high=None):
+def luffy_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    is_demo: torch.Tensor,
+    normaliser: float | None = None,
+    gamma: float | None = 0.1, clip_low: float | None = None, clip_high: float | None = None,
+) -> tuple[torch.Tensor, dict]:
     """-J without the entropy, for one micro-batch: LUFFY's mixed policy gradient, arXiv:2504.14945, eq. 5, 6.
 
         loss = 1/normaliser Σ_i Σ_t m_it l_it
@@ -129,7 +133,7 @@ def luffy_loss(logp, old_logp, advantages, mask, is_demo, normaliser=None, gamma
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def make_batch(run, args, problems) -> list[Row]:
+def make_batch(run: Run, args: Args, problems: list[Problem]) -> list[Row]:
     """Mixed: for each prompt its demonstration and n-1 rollouts, or n rollouts where there is none.
 
     There is none if the data have none, if its answer is wrong, or if it has more than L tokens with EOS.

@@ -52,7 +52,7 @@ from dataclasses import dataclass
 
 import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-from common import Row, Run, flag
+from common import Problem, Row, Run, flag
 from grpo import group_advantages
 
 
@@ -65,7 +65,10 @@ class Args(common.Args):
 
 
 # -------------------------------------------------------------------------------------------- the losses
-def rl_loss(logp, old_logp, advantages, mask, normaliser=None):
+def rl_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    normaliser: float | None = None,
+) -> tuple[torch.Tensor, dict]:
     """-J of RL without the entropy, for one micro-batch: the policy gradient with ratios, without a clip.
 
         loss = 1/normaliser Σ_i Σ_t m_it (-A_i r_it)        r = π / π_old (1)    -A r (2)
@@ -100,7 +103,9 @@ def rl_loss(logp, old_logp, advantages, mask, normaliser=None):
     return token_loss.sum() / (normaliser or 1), metrics                           # 0 without tokens
 
 
-def sft_loss(logp, mask, tokens=None):
+def sft_loss(
+    logp: torch.Tensor, mask: torch.Tensor, tokens: float | None = None,
+) -> tuple[torch.Tensor, dict]:
     """-J of SFT without the entropy, for one micro-batch: the token mean of -log π over demonstrations.
 
     logp (rows, T): log-probs in nats. mask (rows, T), any dtype: m; what stands where it is 0 is not read.
@@ -120,12 +125,12 @@ def sft_loss(logp, mask, tokens=None):
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def make_batch(run, args, problems) -> list[Row]:
+def make_batch(run: Run, args: Args, problems: list[Problem]) -> list[Row]:
     """On-policy: n rollouts of the policy for each prompt. Demonstrations have steps of their own."""
     return run.rollout([problem for problem in problems for _ in range(args.n)])
 
 
-def hardest(rows: list[Row]) -> list:
+def hardest(rows: list[Row]) -> list[Problem]:
     """The problems whose rollouts all have reward 0, in the order of the rows.
 
     >>> rollouts = ("A", 0.0), ("B", 0.0), ("A", 1.0), ("B", 0.0), ("C", 0.0)     # problem and reward

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 
 import common  # first: it reads the flags before torch is imported, which takes seconds
 import torch
-from common import Row, Run, flag
+from common import Problem, Row, Run, flag
 
 
 @dataclass
@@ -85,7 +85,12 @@ class Args(common.Args):
 
 
 # ---------------------------------------------------------------------------------------------- the loss
-def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr", clip_low=0.2, clip_high=0.2):
+def topr_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+    normaliser: float | None = None,
+    weights: str = "topr",
+    clip_low: float = 0.2, clip_high: float = 0.2,
+) -> tuple[torch.Tensor, dict]:
     """-J without the entropy, for one micro-batch: arXiv:2503.14286, whose eq. 8 is the gradient of J L.
 
         loss = 1/normaliser Σ_i Σ_t m_it (-w_i A_i log π(y_it)) (7)
@@ -135,19 +140,9 @@ def topr_loss(logp, old_logp, advantages, mask, normaliser=None, weights="topr",
 
 
 # --------------------------------------------------------------------------------------- what is in a batch
-def make_batch(run, args, problems) -> list[Row]:
+def make_batch(run: Run, args: Args, problems: list[Problem]) -> list[Row]:
     """An iteration's set: n rollouts of the policy for each prompt. It stays while the policy moves on."""
     return run.rollout([problem for problem in problems for _ in range(args.n)])
-
-
-def make_set(run, args, rows):
-    """Gives every response of an iteration's set its A, and its log-probs under the policy of this moment."""
-    rewards = run.verify(rows)  # sets row.reward: 1.0 if the box after </think> is right, else 0.0
-    for row, reward in zip(rows, rewards.tolist()):
-        row.advantage = 2 * reward - 1 - args.baseline                             # A = R - c, R = ±1
-    run.score(rows)  # sets row.old_logp: log π_old; with --offline that of the starting policy
-    p, c = rewards.mean().item(), args.baseline
-    run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
 
 
 def pick(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
@@ -163,21 +158,24 @@ def pick(rows: list[Row], size: int, place: int, seed: str) -> list[Row]:
 
 def main():
     args = common.parse(Args, __doc__)
-    if args.offline:
-        args.data, args.iterations = args.offline, 1
+    args.data = args.offline or args.data
     run = Run(args)
     offline = run.kept.read(args.offline, args.max_response) if args.offline else []
     size = len(offline) or args.prompts * args.n
     steps_per_iteration = math.ceil(size / args.minibatch) * args.epochs_per_iteration
-    args.steps = args.steps or args.iterations * steps_per_iteration
-    collected = run.kept.rows()  # the current set if the run is resumed, else none
+    args.steps = args.steps or steps_per_iteration * (1 if offline else args.iterations)
     for step in run.steps(f"{args.steps} steps on mini-batches of {args.minibatch}, of sets of {size} rows"):
         iteration, place = divmod(step - 1, steps_per_iteration)
         if place == 0:
-            collected = offline or make_batch(run, args, run.next_problems(iteration))
-            make_set(run, args, collected)
-            run.kept.keep(collected, args.save_rollouts)  # for checkpoints; with --save_rollouts in a file
-        rows = pick(collected, args.minibatch, place, f"{args.seed} {iteration}")
+            rows = offline or make_batch(run, args, run.next_problems(iteration))
+            rewards = run.verify(rows)  # sets row.reward: 1.0 if the box after </think> is right, else 0.0
+            for row in rows:
+                row.advantage = 2 * row.reward - 1 - args.baseline  # A = R - c, R = ±1
+            run.score(rows)  # sets row.old_logp: log π_old; with --offline that of the starting policy
+            p, c = rewards.mean().item(), args.baseline
+            run.log("positives/effective", p * (1 - c) / (1 + (1 - 2 * p) * c))
+            run.kept.keep(rows, args.save_rollouts)  # until the next set; with --save_rollouts in a file
+        rows = pick(run.kept.rows(), args.minibatch, place, f"{args.seed} {iteration}")
         for minibatch in run.minibatches(rows):  # --updates of them, one optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             normaliser = tokens if args.token_mean else len(minibatch) * args.max_response

@@ -30,7 +30,7 @@ METHODS = {  # name: script, flags, colour
     "LUFFY, no shaping": ("luffy", ["--shaping", "none"], "lightcoral"),
     "CHORD-mu": ("chord", [], "tab:blue"),
     "CHORD-phi": ("chord", ["--preset", "phi"], "tab:cyan"),
-    "RL with SFT loss": ("chord", ["--preset", "constant"], "tab:purple"),
+    "RL with SFT loss": ("chord", ["--mu_peak", "0.1", "--mu_valley", "0.1"], "tab:purple"),
     "SFT": ("chord", ["--mu_peak", "1", "--mu_valley", "1", "--expert_share", "0.111"], "tab:grey"),
     "ReLIFT": ("relift", [], "tab:green"),
     "TOPR": ("topr", [], "tab:red"),

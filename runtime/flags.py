@@ -173,12 +173,10 @@ def read(cls, doc: str) -> Args:
     for f in fields(cls):
         group = groups[named.get(f.name, "this method")]
         options = {"default": argparse.SUPPRESS, "help": f.metadata["help"]}
-        if f.type is not bool:
-            options |= {"type": f.type, "choices": f.metadata["choices"]}
-        elif f.default is None:  # a preset decides, unless one says yes or no
-            options |= {"action": argparse.BooleanOptionalAction}
-        else:
+        if f.type is bool:
             options |= {"action": "store_true"}
+        else:
+            options |= {"type": f.type, "choices": f.metadata["choices"]}
         group.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args())
     args = cls(**given)

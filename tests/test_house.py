@@ -98,18 +98,17 @@ def test_a_flag_that_does_something_is_not_refused(script, flags, command_line):
 
 
 @pytest.mark.parametrize("flags, expected", (
-    ([], (0.9, 0.05, False)), (["--preset", "phi"], (0.1, 0.1, True)),
-    (["--preset", "constant"], (0.1, 0.1, False)), (["--preset", "phi", "--no-phi"], (0.1, 0.1, False)),
-    (["--phi", "--mu_valley", "0"], (0.9, 0.0, True)), (["--preset", "phi", "--mu_peak", "0"], (0.0, 0.1, True))))
+    ([], (0.9, 0.05)), (["--preset", "phi"], (0.1, 0.1)), (["--mu_peak", "0.1", "--mu_valley", "0.1"], (0.1, 0.1)),
+    (["--mu_valley", "0"], (0.9, 0.0)), (["--preset", "phi", "--mu_peak", "0"], (0.0, 0.1))))
 def test_an_explicit_value_beats_the_preset(flags, expected, command_line, monkeypatch):
-    """Also one that is false or 0."""
+    """Also one that is 0."""
     seen, module = [], command_line("chord", *flags)
 
     class Started(Exception):
         pass
 
     def run(args):
-        seen.append((args.mu_peak, args.mu_valley, args.phi))
+        seen.append((args.mu_peak, args.mu_valley))
         raise Started
 
     monkeypatch.setattr(module, "Run", run)

@@ -9,7 +9,7 @@ from conftest import SMALL, SMALL_OFFLINE, assert_golden, golden, read_jsonl, ru
 from common import Row
 from runtime.rows import collate
 from relift import sft_loss
-from topr import make_set, pick, topr_loss
+from topr import pick, topr_loss
 
 WEIGHTS = ("topr", "tis", "reinforce", "ppo")
 
@@ -153,34 +153,27 @@ def topr_run(make_run, coin_model, coin_data):
     return make_run("topr", "--model", coin_model, "--data", coin_data, "--eval_data", coin_data, *SMALL)
 
 
-def test_a_set_is_verified_once_and_keeps_its_log_probs(topr_run):
+@pytest.mark.parametrize("c", (0.0, 0.5, -0.5, 0.9))
+def test_a_set_has_advantages_around_the_baseline(c, coin_model, coin_data, command_line, tmp_path):
     """Rewards are 1 - c and -1 - c, and the share p~ of positives is theirs of all weight in the gradient."""
-    run, right = topr_run, (True, True, False, True, False, False, False, False)
-    rows = []
-    for problem, correct in zip(run.train, right):
-        answer = problem.answer if correct else "7"
-        response = run.codec.encode(problem, f"<think>\n</think>\n\\boxed{{{answer}}}")
-        rows.append(Row(problem, response, sampler_logp=[0.0] * len(response)))
-    for c in (0.0, 0.5, -0.5, 0.9):
-        run.args.baseline = c
-        run.record.sums.clear()
-        make_set(run, run.args, rows)
-        expected = [1 - c if correct else -1 - c for correct in right]
-        assert [row.advantage for row in rows] == pytest.approx(expected)
-        positive = sum(weight for weight in expected if weight > 0)
-        share, count = run.record.sums["positives/effective"]
-        assert count == 1
-        assert share == pytest.approx(positive / sum(map(abs, expected)), rel=1e-12)
+    command_line("topr", "--model", coin_model, "--data", coin_data, *SMALL, "--steps", "1", "--minibatch", "6",
+                 "--baseline", str(c), "--name", "x").main()
+    rows = torch.load(tmp_path / "runs" / "x" / "checkpoint" / "step-1" / "run.pt")["state"]["kept"]
+    assert {row["reward"] for row in rows} == {0.0, 1.0}
+    assert [row["advantage"] for row in rows] == pytest.approx([2 * row["reward"] - 1 - c for row in rows])
+    positive = sum(max(0.0, row["advantage"]) for row in rows)
+    share = read_jsonl(tmp_path / "runs" / "x" / "metrics.jsonl")[1]["positives/effective"]
+    assert share == pytest.approx(positive / sum(abs(row["advantage"]) for row in rows), rel=1e-6)
     for row in rows:
-        assert len(row.old_logp) == len(row.response)
-        assert row.old_logp.max() < 0
+        assert len(row["old_logp"]) == len(row["response"])
+        assert row["old_logp"].max() < 0
 
 
 def test_a_set_comes_back_from_a_checkpoint_as_it_was(topr_run, tmp_path):
     run = topr_run
     rows = run.rollout(run.train[:5] * 2)
-    make_set(run, run.args, rows)
-    assert {row.advantage for row in rows} == {1.0, -1.0}
+    run.verify(rows)
+    run.score(rows)
     run.kept.keep(rows, in_file=False)
     torch.save(run.state, tmp_path / "state.pt")
     run.state.clear()
