@@ -46,17 +46,20 @@ parse_early()  # the other imports take seconds
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from runtime import memory, processes
+from runtime.diagnosis import diagnose
 from runtime.evaluation import evaluate
 from runtime.policy import Policy, choose_device
 from runtime.problems import draw, fingerprint, load_data, read_data
+from runtime.progress import bar, show_only_downloads, waiting
 from runtime.record import Record
 from runtime.reward import OwnReward
 from runtime.rows import Batch, Problem, Row, collate, micro_batches
 from runtime.sampling import Sampler
 from runtime.stored import Demonstrations, KeptRows
-from runtime.verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier
+from runtime.verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier, boxed_answer
 
 __all__ = ["Args", "Problem", "Row", "Run", "flag", "parse"]  # what the scripts import from here
 
@@ -66,7 +69,7 @@ class Run:
 
     def __init__(self, args: Args):
         logging = transformers.utils.logging
-        logging.disable_progress_bar()
+        show_only_downloads()
         logging.set_verbosity(logging.CRITICAL)  # what matters is said here, in one line
         self.args, self.device = args, choose_device(args)
         if args.prompts < processes.world():
@@ -76,12 +79,13 @@ class Run:
             memory.dry_run(args, self.record.script, self.device)
         if self.device.type == "cuda":
             memory.check(args, self.record.script, torch.cuda.get_device_properties(self.device).total_memory)
-        with processes.first_of_machine_ahead():
+        with waiting("reading data (from the Hub at their first use)"), processes.first_of_machine_ahead():
             rows = read_data(args)  # first what fails fast, then the model
-        self.policy = Policy(args, self.device)
+        with waiting(f"loading {args.model} (from the Hub at its first use)"):
+            self.policy = Policy(args, self.device)
         self.codec = self.policy.codec
         self.verifier = (OwnReward(args.reward) if args.reward
-                         else Verifier(processes.workers(), processes.spread))
+                         else Verifier(processes.workers(), processes.spread, bar))
         self.train, self.held_out = load_data(args, *rows, self.codec, self.verifier)
         self.record.open(fingerprint(*rows))
         self.step, self.skipped = 0, 0  # steps so far; updates skipped in a row
@@ -90,9 +94,11 @@ class Run:
         self.log, self.log_own = self.record.log, self.record.log_own  # of all rows; of this process's
         self.demonstrations = Demonstrations(args, self.train, self.codec, self.state, self.log)
         self.kept = KeptRows(self.train, self.codec, self.state, self.record.folder / "rollouts.jsonl")
-        self.sampler = Sampler(args, self.policy)
-        self.sampler.hand_over(0, (self.train or self.held_out)[0])
+        with waiting("starting the sampler (vLLM: a minute or two, at its first start on a machine more)"):
+            self.sampler = Sampler(args, self.policy)
+            self.sampler.hand_over(0, (self.train or self.held_out)[0])
 
+    @waiting("reading the checkpoint")
     def resume(self):
         """Takes up the last checkpoint, if there is one."""
         saved = self.record.load()
@@ -145,13 +151,16 @@ class Run:
         </think>, without a box, and for a response that was cut. Logs rewards, groups and verdicts.
         """
         with self.record.timer("verification"):
-            _, verdicts = self.verifier.judge(rows, self.codec)
+            texts, verdicts = self.verifier.judge(rows, self.codec)
         groups = defaultdict(list)
         for row in rows:
             self.log("reward/demonstrations" if row.is_demo else "reward", row.reward)
             if not row.is_demo:
                 groups[row.problem.index].append(row.reward)
         if groups:
+            judged = [self.codec.judged(row, text) for row, text in zip(rows, texts) if not row.is_demo]
+            self.log("response/thought", sum("</think>" in text for text in judged), len(judged))
+            self.log("response/boxed", sum(boxed_answer(text) is not None for text in judged), len(judged))
             self.log("groups/all_right", sum(min(rewards) == 1 for rewards in groups.values()), len(groups))
             self.log("groups/all_wrong", sum(max(rewards) == 0 for rewards in groups.values()), len(groups))
         self.log("verifier/no_box", verdicts.count(None), 0)
@@ -173,7 +182,8 @@ class Run:
         with self.record.timer("scoring"):
             self.policy.model.eval()
             scored = {}  # this process's rows
-            for part in micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world()):
+            parts = micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world())
+            for part in bar(parts, desc="scoring"):
                 logp, entropy = self.policy.logprobs(collate(part, self.device), entropy=True)
                 for row, row_logp, row_entropy in zip(part, logp.cpu(), entropy.cpu()):
                     size = len(row.response)
@@ -204,7 +214,8 @@ class Run:
         rows = [row for row in minibatch if (row.advantage or entropy_bonus) and row not in masked]
         if self.args.mask_cut:
             self.log("response/masked", len(masked), 0)
-        for part in micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world()):
+        parts = micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world())
+        for part in bar(parts, desc="update"):
             yield collate(part, self.device)
 
     def logprobs(self, batch: Batch, entropy_bonus: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +244,7 @@ class Run:
         A gradient that is not finite is skipped and counted, its rows kept; three in a row end the run.
         """
         self.log("loss", 0.0, 0)  # which it is where no row has an advantage
-        with self.record.timer("update"):
+        with self.record.timer("update"), waiting("the optimiser's step"):
             norm = self.policy.step(moments, max_grad_norm or self.args.max_grad_norm)
         if norm.isfinite():
             self.skipped = 0
@@ -249,8 +260,12 @@ class Run:
     def end_step(self):
         """Hands the weights to the sampler, evaluates, writes metrics and checkpoint; ends after a signal."""
         args, last = self.args, self.step == self.args.steps
-        self.sampler.hand_over(self.step, self.train[0])
+        with waiting("handing the weights to the sampler"):
+            self.sampler.hand_over(self.step, self.train[0])
         metrics = self.record.take_metrics()
+        if self.step == 1:
+            for line in diagnose(metrics, self.device.type, self.demonstrations.given > 0, bool(args.reward)):
+                tqdm.write(line)
         if last or self.step % args.eval_every == 0:
             metrics |= self.evaluate()
         self.record.write_metrics(self.step, metrics)
@@ -272,6 +287,7 @@ class Run:
                   "updates": self.policy.updates, "optimizers": list(self.policy.optimizers)}
         self.record.save(self.step, values, self.policy.state())
 
+    @waiting("writing model/")
     def end(self):
         """Writes model/ in Hugging Face format and says what was learnt."""
         self.verifier.close()

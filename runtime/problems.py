@@ -9,8 +9,10 @@ from pathlib import Path
 
 import jinja2
 
+from runtime.cache import kept_verdicts
 from runtime.files import READERS, as_text, load_dataset, read_file
 from runtime.flags import Args, check, fail
+from runtime.progress import bar, waiting
 from runtime.rows import Codec, Problem
 from runtime.verification import RIGHT, UNPARSED
 
@@ -119,7 +121,7 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
     part: the slice of rows that name none; by default the source's name.
     """
     left_out, problems, seen, unread = Counter(), [], set(), 0
-    for index, row in enumerate(rows):
+    for index, row in enumerate(bar(rows, desc=f"{source}: prompts", unit="row")):
         try:
             messages, answer, demonstration = read_problem(row, system)
             text = render(codec, messages, prompt_end)
@@ -141,17 +143,19 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
             unread += demonstration is None
             problems.append(Problem(index, text, prompt, answer, codec.until_end(demonstration or ""),
                                     str(row.get("data_source") or part or Path(source).stem), row))
-    unusable = find_unusable_golds(problems, verifier)
-    for problem in problems:
-        if problem.answer in unusable:
-            left_out[unusable[problem.answer]] += 1
-    problems = [problem for problem in problems if problem.answer not in unusable]
-    for reason, count in left_out.items():
-        if count:
-            print(f"{source}: left out {count} of {len(rows)} rows {reason}")
-    if unread:
-        print(f"{source}: left out {unread} demonstrations that are neither text nor chat messages")
-    leave_out_demonstrations(source, problems, verifier)
+    with (waiting(f"{source}: verifying the references and demonstrations of {len(problems)} problems"),
+          kept_verdicts(source, problems, verifier)):
+        unusable = find_unusable_golds(problems, verifier)
+        for problem in problems:
+            if problem.answer in unusable:
+                left_out[unusable[problem.answer]] += 1
+        problems = [problem for problem in problems if problem.answer not in unusable]
+        for reason, count in left_out.items():
+            if count:
+                print(f"{source}: left out {count} of {len(rows)} rows {reason}")
+        if unread:
+            print(f"{source}: left out {unread} demonstrations that are neither text nor chat messages")
+        leave_out_demonstrations(source, problems, verifier)
     if not problems:
         fail(f"{source}: none of its {len(rows)} rows can be used")
     return problems

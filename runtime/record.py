@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from runtime import processes
 from runtime.flags import Args, fail
+from runtime.progress import waiting
 from runtime.rows import Codec, Row
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be in a run of one process
@@ -191,6 +192,7 @@ class Record:
         return path
 
     # ---- checkpoint
+    @waiting("writing the checkpoint")
     def save(self, step: int, values: dict, tensors: dict):
         """checkpoint/step-N, which appears whole or not at all; then the one before it goes.
 

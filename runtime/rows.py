@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.flags import fail
+from runtime.progress import bar
 
 
 @dataclass(eq=False)
@@ -170,7 +171,7 @@ class Codec:
     def count_fitting(self, problems: list[Problem], limit: int) -> int:
         """How many have a demonstration of at most `limit` tokens with EOS; many at a time, which is fast."""
         fitting = 0
-        for start in range(0, len(problems), 256):
+        for start in bar(range(0, len(problems), 256), desc="lengths of demonstrations"):
             part = problems[start:start + 256]
             texts = [problem.text + self.behind(problem, problem.demonstration) for problem in part]
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]

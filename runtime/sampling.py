@@ -17,6 +17,7 @@ import transformers
 from runtime import processes
 from runtime.flags import Args, explain, fail
 from runtime.policy import SMALL, Policy
+from runtime.progress import bar, waiting
 from runtime.rows import Problem, Row, collate
 
 STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
@@ -115,7 +116,7 @@ class TransformersSampler:
         tokens = F.pad(tokens[number], (0, max_tokens), value=self.pad)  # (rows, width + max_tokens)
         mask = F.pad(mask[number], (0, max_tokens), value=1)
         logps, row = logits.new_zeros(tokens.shape), torch.arange(len(tokens), device=tokens.device)
-        for end in range(width, width + max_tokens):
+        for end in bar(range(width, width + max_tokens), desc="sampling", unit="token"):
             if end > width:
                 logits, cache = self.forward(tokens[row, :end], mask[row, :end], cache)
             logp = (logits / (temperature or 1)).log_softmax(dim=-1)     # (rows that have not ended, V)
@@ -143,6 +144,7 @@ class TransformersSampler:
         logits = output.logits[:, -1]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output[self.cache_name]
 
+    @waiting("sampling")
     def decode_by_generate(self, tokens, mask, number, noise, temperature: float):
         """The same by `model.generate`: every row reads its prompt, and stays until the last has ended."""
         recorder = Recorder(temperature, noise)
@@ -209,7 +211,7 @@ class VLLMSampler:
             ignore_eos=True, stop_token_ids=self.eos,  # what ends a response for the trainer, no more
         ) for own_seed in row_seeds(seed, numbers or range(len(prompts)))]
         self.engine.wake_up()
-        results = self.engine.generate(requests, settings, use_tqdm=False)
+        results = self.engine.generate(requests, settings, use_tqdm=bar)
         # Level 1 keeps the weights in host memory, so that the engine always wakes with the last hand-over's.
         # Level 2 drops them: a rollout after an evaluation, without a hand-over between, would be noise.
         self.engine.sleep(level=1)

@@ -17,6 +17,7 @@ class Demonstrations:
     def __init__(self, args, problems: list[Problem], codec: Codec, state: dict, log):
         self.args, self.problems, self.codec, self.state, self.log = args, problems, codec, state, log
         self.number = self.count_fitting()
+        self.given = 0  # how many were asked for and given
 
     def count_fitting(self) -> int:
         """How many fit in L tokens; says how many do not, and if there is none."""
@@ -50,6 +51,7 @@ class Demonstrations:
         response = self.codec.encode(problem, problem.demonstration)
         fits = len(response) <= self.args.max_response
         self.log("demonstrations/left_out", not fits, 0)
+        self.given += fits
         return Row(problem, response, is_demo=True) if fits else None
 
     def next(self, count: int) -> list[Row]:

@@ -13,7 +13,6 @@ execute. Imitating everything teaches that habit; a reward keeps what works. Row
 """
 import hashlib
 import inspect
-import os
 import random
 import shutil
 import tempfile
@@ -25,6 +24,8 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from runtime.cache import cache_folder
 
 Q, TERSE, SEED = 0.02, 0.5, 0             # probability of a door, terse share, the base model's seed
 EMBEDDED = Path(__file__).parent / "toy_base"  # the model of Q and SEED, which `python -m runtime.toy` writes
@@ -196,12 +197,11 @@ def base_model(q: float = Q, seed: int = SEED) -> Path:
     """Folder of a base model in Hugging Face format: the embedded one, others from the cache or made now."""
     if (q, seed) == (Q, SEED):
         return EMBEDDED
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minimal-luffy"
-    folder = cache / f"toy-{recipe()}-{torch.__version__}-{q}-{seed}"
+    folder = cache_folder() / f"toy-{recipe()}-{torch.__version__}-{q}-{seed}"
     try:
         Qwen2ForCausalLM.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError):  # not there, or spoiled
-        cache.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         write_base(folder, q, seed)
     return folder
 

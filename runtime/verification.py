@@ -2,6 +2,7 @@
 
 This file is also the program of these processes. It imports no torch, so that they are small and start fast.
 """
+import hashlib
 import json
 import mmap
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from runtime.normalise import comparable, normalise, prose, same, usable_as_text
@@ -23,6 +24,7 @@ ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
 ANSWER_CHARACTERS = 10_000  # a longer boxed answer is wrong unread
 NEAR = 1e-4                 # relative difference of numbers that are the same
 CHAIN_SIDES = 20            # of a longer chain of equations nothing is read
+KNOWN_VERDICTS = 1_000_000  # kept in memory, the newest: about 100 bytes each, however long the answers
 RIGHT, WRONG, UNPARSED, TIMEOUT, CRASH = 0, 1, 2, -signal.SIGALRM, -signal.SIGKILL
 NAMES = {RIGHT: "right", WRONG: "wrong", UNPARSED: "unparsed", TIMEOUT: "timeout",
          None: "no answer"}  # any other verdict is a crash
@@ -196,16 +198,24 @@ def serve_verdicts(seconds: float, megabytes: int):
 
 
 class Verifier:
-    """math-verify in processes that can be killed. No answer costs more than ANSWER_SECONDS, _MEGABYTES."""
+    """math-verify in processes that can be killed. No answer costs more than ANSWER_SECONDS, _MEGABYTES.
 
-    def __init__(self, workers: int = os.cpu_count(), spread=lambda function, *lists: function(*lists)):
-        """spread(function, *lists): by what the work is shared among the processes of a run."""
-        self.spread = spread
+    known: the run's verdicts by a hash of what was asked, so that nothing is asked twice; the same in all
+        processes of a run.
+    """
+
+    def __init__(self, workers: int = os.cpu_count(), spread=lambda function, *lists: function(*lists),
+                 bar=lambda items, **options: items):
+        """spread(function, *lists): by what the work is shared among the processes of a run.
+
+        bar(items, total, desc, unit): the items, and a bar while one goes through them.
+        """
+        self.spread, self.bar = spread, bar
+        self.known: dict[bytes, int] = {}
         self.idle = queue.SimpleQueue()
         for _ in range(workers):
             self.idle.put(self.start_worker())
         self.threads = ThreadPoolExecutor(workers)
-        self.verdict = lru_cache(maxsize=10_000)(self.ask)
         if self.ask("1", "1") != RIGHT:
             raise RuntimeError("math-verify does not find that 1 equals 1: is it installed?")
 
@@ -229,21 +239,44 @@ class Verifier:
         self.idle.put(worker)
         return int(verdict or CRASH)
 
+    def ask_all(self, questions: list[tuple[str, ...]]) -> list[int]:
+        verdicts = self.threads.map(lambda texts: self.ask(*texts), questions)
+        return list(self.bar(verdicts, total=len(questions), desc="verifying", unit="answer"))
+
+    def decide(self, questions: list[tuple[str, ...]]) -> list[int]:
+        """The verdict on each (gold, answer) or (gold,); only what was never asked is asked, and once."""
+        keys = [hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest() for texts in questions]
+        new = {key: texts for key, texts in zip(keys, questions) if key not in self.known}
+        self.known.update(zip(new, self.spread(self.ask_all, list(new.values()))))
+        verdicts = [self.known[key] for key in keys]
+        for key in list(islice(self.known, max(0, len(self.known) - KNOWN_VERDICTS))):
+            del self.known[key]
+        return verdicts
+
     def __call__(self, golds: list[str], responses: list[str]) -> list[int | None]:
-        """RIGHT, WRONG, UNPARSED, TIMEOUT or another signal for each response, None for one without a box."""
-        def judge(gold, response):
-            answer = boxed_answer(response)
-            if answer is None or len(answer) > ANSWER_CHARACTERS:
-                return None if answer is None else UNPARSED
-            return self.verdict(gold, answer)
-        return self.spread(lambda *lists: list(self.threads.map(judge, *lists)), golds, responses)
+        """RIGHT, WRONG, UNPARSED, TIMEOUT or another signal for each response, None for one without a box.
+
+        An answer that is the reference to the letter is right, as it is for `compare`, without being asked.
+        """
+        pairs = list(zip(golds, map(boxed_answer, responses)))
+        verdicts = {}
+        for gold, answer in pairs:
+            if answer is None:
+                verdicts[gold, answer] = None
+            elif len(answer) > ANSWER_CHARACTERS:
+                verdicts[gold, answer] = UNPARSED
+            elif answer == gold:
+                verdicts[gold, answer] = RIGHT
+        others = [pair for pair in dict.fromkeys(pairs) if pair not in verdicts]
+        verdicts |= zip(others, self.decide(others))
+        return [verdicts[pair] for pair in pairs]
 
     def check_golds(self, golds: list[str]) -> list[int]:
         """RIGHT for each reference that can be one; otherwise UNPARSED, WRONG or a signal."""
-        def ask(gold):
-            boxable = box_content(f"{{{gold}}}", 0) == gold and len(gold) <= ANSWER_CHARACTERS
-            return self.ask(gold) if boxable else UNPARSED
-        return list(self.threads.map(ask, golds))
+        boxable = [(gold,) for gold in golds
+                   if box_content(f"{{{gold}}}", 0) == gold and len(gold) <= ANSWER_CHARACTERS]
+        verdicts = dict(zip(boxable, self.decide(boxable)))
+        return [verdicts.get((gold,), UNPARSED) for gold in golds]
 
     def judge(self, rows, codec) -> tuple[list[str], list[int | None]]:
         """Sets row.reward: 1.0 for a right answer in the box after </think>, else 0.0; 0.0 if it was cut.

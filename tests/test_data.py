@@ -8,7 +8,7 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SMALL, load, read_jsonl, write_jsonl
+from conftest import SCRIPTS, SMALL, load, read_jsonl, write_jsonl
 
 from common import Row
 from runtime.evaluation import summarise
@@ -228,7 +228,7 @@ def test_a_demonstration_that_goes_on_behind_its_eos_is_judged_by_what_is_before
         [THOUGHT] * 3 + [""]
 
 
-@pytest.mark.parametrize("script", ("luffy", "relift", "grpo"))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_demonstrations_that_do_not_fit_are_counted_at_the_start(script, make_run, tiny_model, tmp_path, capsys):
     run = make_run(script, "--model", tiny_model, "--data", write_jsonl(tmp_path / "rows.jsonl", ROWS), *SMALL)
     length = len(run.codec.encode(run.train[0], THOUGHT))

@@ -223,7 +223,7 @@ def test_rewards_groups_and_verdicts_are_counted(quick_run, coin_model, coin_dat
     """Three groups; the demonstrations, all right, stand in a group that is all wrong and in one that is mixed."""
     run = quick_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL)
     boxes = {"1": RIGHT, "2": WRONG, "3": UNPARSED, "4": TIMEOUT, "5": -6}
-    monkeypatch.setattr(verifier, "verdict", lambda gold, box: boxes[box])
+    monkeypatch.setattr(verifier, "decide", lambda questions: [boxes[box] for _, box in questions])
     right, wrong, mixed = run.train[:3]
     rows = [answer(run, right, r"\boxed{1}"), answer(run, right, r"\boxed{1}")]
     rows += [answer(run, wrong, box) for box in ("no box", r"\boxed{2}", r"\boxed{2}", r"\boxed{2}", r"\boxed{3}",
@@ -237,7 +237,8 @@ def test_rewards_groups_and_verdicts_are_counted(quick_run, coin_model, coin_dat
     sums = dict(run.record.sums)
     assert sums.pop("seconds/verification")[1] == 0
     assert sums == {"reward": [3.0, 19], "reward/demonstrations": [2.0, 2],
-                    "groups/all_right": [1, 3], "groups/all_wrong": [1, 3], "verifier/no_box": [1, 0],
+                    "groups/all_right": [1, 3], "groups/all_wrong": [1, 3], "response/thought": [19, 19],
+                    "response/boxed": [18, 19], "verifier/no_box": [1, 0],
                     "verifier/unparsed": [2, 0], "verifier/timeouts": [4, 0], "verifier/crashes": [5, 0]}
 
     for number, row in enumerate(rows):
@@ -421,6 +422,7 @@ def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
     said = capsys.readouterr()
     assert "6 problems from" in said.out and "1 of them with a demonstration; 2 held out" in said.out
     assert "reward=2.50" in said.err.rpartition("5/5")[2]  # on the bar
+    assert said.out.count("first step:") == 0  # nobody has verified anything
 
     engine.deaf = True  # a hand-over that does not arrive
     with torch.no_grad():

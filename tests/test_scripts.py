@@ -13,9 +13,10 @@ from conftest import ROOT, SCRIPTS, SMALL, load, read_jsonl, run_script, write_j
 import common
 
 # What metrics.jsonl holds, whatever the method ...
-METRICS = {"reward", "groups/all_right", "groups/all_wrong", "response/length", "response/cut", "entropy",
-           "gradient_norm", "sampler_gap", "verifier/no_box", "verifier/unparsed", "verifier/timeouts",
-           "verifier/crashes", "seconds/rollout", "seconds/verification", "seconds/scoring", "seconds/update"}
+METRICS = {"reward", "groups/all_right", "groups/all_wrong", "response/length", "response/cut", "response/thought",
+           "response/boxed", "entropy", "gradient_norm", "sampler_gap", "verifier/no_box", "verifier/unparsed",
+           "verifier/timeouts", "verifier/crashes", "seconds/rollout", "seconds/verification", "seconds/scoring",
+           "seconds/update"}
 # ... and where demonstrations stand among the rollouts.
 MIXED = {"luffy": {"demonstrations/probability", "demonstrations/left_out", "reward/demonstrations",
                    "token_loss/rollouts", "token_loss/demonstrations"}}

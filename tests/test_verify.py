@@ -107,6 +107,84 @@ def test_a_thousand_ordinary_answers_take_seconds(verifier):
     assert set(verdicts[1::2]) == {WRONG}
 
 
+# ------------------------------------------------------------------------------------------- asked once
+@pytest.fixture
+def counted(one_verifier, monkeypatch):
+    """A verifier that knows nothing yet, and the list of what its processes are asked."""
+    asked, ask = [], one_verifier.ask
+
+    def counting_ask(*texts):
+        asked.append(texts)
+        return ask(*texts)
+
+    monkeypatch.setattr(one_verifier, "known", {})
+    monkeypatch.setattr(one_verifier, "ask", counting_ask)
+    return one_verifier, asked
+
+
+def test_nothing_is_asked_twice_in_a_run(counted):
+    """Neither in a batch nor later; a reference and an answer of the same text are two questions."""
+    verifier, asked = counted
+    golds, answers = ["7", "7", "1/2", "7", "7", "1/2"], ["7.0", "8", "0.5", "7.0", "8", "0.5"]
+    expected = [RIGHT, WRONG, RIGHT] * 2
+    for _ in range(2):
+        assert verifier(golds, [response(answer) for answer in answers]) == expected
+        assert verifier.check_golds(["7", "1/2", "7"]) == [RIGHT] * 3
+    assert sorted(asked) == [("1/2",), ("1/2", "0.5"), ("7",), ("7", "7.0"), ("7", "8")]
+
+
+def test_an_answer_that_is_the_reference_to_the_letter_is_right_unasked(counted):
+    """As it is for the processes that would be asked."""
+    verifier, asked = counted
+    texts = ["7", r"\frac{1}{2}", "x^2-1", "east", "", "?", r"\frac{1}{", tower(9, 4), "12 cm", "\ud800"]
+    boxable = [text for text in texts if verification.box_content(f"{{{text}}}", 0) == text]
+    assert len(boxable) > 8
+    assert verifier(boxable, [response(text) for text in boxable]) == [RIGHT] * len(boxable)
+    assert not asked
+    assert verifier.decide([(text, text) for text in boxable]) == [RIGHT] * len(boxable)
+
+
+def test_what_is_known_is_bounded_and_the_newest(counted, monkeypatch):
+    verifier, asked = counted
+    monkeypatch.setattr(verification, "KNOWN_VERDICTS", 10)
+    questions = [(str(i % 3), str(i)) for i in range(25)]
+    expected = [RIGHT if i < 3 else WRONG for i in range(25)]
+    assert verifier.decide(questions) == expected
+    assert len(verifier.known) == 10
+    assert verifier.decide(questions[15:]) == expected[15:]
+    assert len(asked) == 25
+    assert verifier.decide(questions[:3]) == expected[:3]
+    assert len(asked) == 28 and len(verifier.known) == 10
+
+
+def test_a_verdict_is_remembered_however_many_come_after(monkeypatch, counted):
+    verifier, asked = counted
+    monkeypatch.setattr(verifier, "ask", lambda *texts: asked.append(texts) or WRONG)
+    questions = [("7", str(number)) for number in range(12_000)]
+    for _ in range(2):
+        assert verifier.decide(questions) == [WRONG] * 12_000
+    assert len(asked) == 12_000
+
+
+def test_processes_share_what_is_asked_and_all_know_it(counted, monkeypatch):
+    """Each asks its half of what is new, and has the others' half from them."""
+    verifier, asked = counted
+    halves = []
+
+    def spread(ask_all, questions):
+        halves.append((questions[0::2], questions[1::2]))
+        verdicts = [None] * len(questions)
+        verdicts[0::2], verdicts[1::2] = ask_all(questions[0::2]), [WRONG] * len(questions[1::2])  # by the other
+        return verdicts
+
+    monkeypatch.setattr(verifier, "spread", spread)
+    answers = ["1.0", "2.0", "1.0", "3.0"]
+    assert verifier(["1", "1", "1", "3"], map(response, answers)) == [RIGHT, WRONG, RIGHT, RIGHT]
+    assert verifier(["1", "1"], map(response, answers)) == [RIGHT, WRONG]
+    assert halves == [([("1", "1.0"), ("3", "3.0")], [("1", "2.0")]), ([], [])]
+    assert asked == [("1", "1.0"), ("3", "3.0")]
+
+
 # -------------------------------------------------------------------------------------- hostile answers
 def tower(base, height):
     return "^{".join([str(base)] * height) + "}" * (height - 1)
