@@ -204,30 +204,34 @@ class Run:
         """The rows of each of the --updates optimiser steps: every --updates-th, so groups are spread out."""
         return [rows[start::self.args.updates] for start in range(self.args.updates)]
 
-    def micro_batches(self, minibatch: list[Row], entropy_bonus: float = 0.0):
+    def micro_batches(self, minibatch: list[Row], entropy_bonus: float = 0.0, all_rows: bool = False):
         """Tensors (Batch) of at most --micro_tokens tokens: what is in memory at once changes no gradient.
 
-        Rows of advantage 0 are left out, unless an entropy bonus gives them a gradient; with --mask_cut
-        responses that were cut are left out too.
+        Rows of advantage 0 are left out, unless an entropy bonus gives them a gradient, or the loss does and
+        all_rows says so; with --mask_cut responses that were cut are left out too.
         """
         masked = {row for row in minibatch if self.args.mask_cut and not self.codec.ended(row)}
-        rows = [row for row in minibatch if (row.advantage or entropy_bonus) and row not in masked]
+        rows = [row for row in minibatch
+                if (row.advantage or entropy_bonus or all_rows) and row not in masked]
         if self.args.mask_cut:
             self.log("response/masked", len(masked), 0)
         parts = micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world())
         for part in bar(parts, desc="update"):
             yield collate(part, self.device)
 
-    def logprobs(self, batch: Batch, entropy_bonus: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(
+        self, batch: Batch, entropy_bonus: float = 0.0, entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of response tokens under the policy and its entropy there, both (rows, T), in nats.
 
-        At --temperature: logits are divided by it first. Without a bonus the entropy is not computed: zeros.
+        At --temperature: logits are divided by it first. Without a bonus, or `entropy`, which asks for it, the
+        entropy is not computed: zeros.
         """
         with self.record.timer("update"):
             self.policy.model.train()
-            logp, entropy = self.policy.logprobs(batch, entropy=entropy_bonus != 0)
-            self.policy.check_ratio(batch, logp)
-            return logp, entropy
+            outputs = self.policy.logprobs(batch, entropy=entropy or entropy_bonus != 0)
+            self.policy.check_ratio(batch, outputs[0])
+            return outputs
 
     def backward(self, loss: torch.Tensor, metrics: dict):
         """Adds the loss's gradient to the mini-batch's; logs the loss and metrics {name: (sum, count)}."""

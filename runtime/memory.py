@@ -14,6 +14,7 @@ from runtime.flags import fail
 GIB = 1 << 30
 CARDS = (24, 48, 80)  # GiB, shown where there is no GPU
 USABLE = 0.9          # of a card; the rest goes to the CUDA context and to fragmentation
+TWO_OPTIMIZERS = ("relift",)  # scripts whose optimizer_step() names moments of its own for fine-tuning
 
 
 def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1, cards: int = 1,
@@ -107,7 +108,7 @@ def check(args, script: str, card: int):
     if args.model == "toy":
         return
     config, cards, local = policy.load_config(args), processes.world(), processes.local_world()
-    parameters, optimizers = count_parameters(config), 2 if script == "relift" else 1
+    parameters, optimizers = count_parameters(config), 1 + (script in TWO_OPTIMIZERS)
     needed = sum(parts(config, parameters, 1, optimizers, cards, args.offload).values())
     if needed > card:
         advice = "more or larger cards" if args.offload else "more cards, or --offload"
@@ -126,7 +127,7 @@ def dry_run(args, script: str, device: torch.device):
         print("the toy needs no GPU: a CPU and less than 2 GiB of memory")
         raise SystemExit(0)
     config = policy.load_config(args)
-    parameters, optimizers = count_parameters(config), 2 if script == "relift" else 1
+    parameters, optimizers = count_parameters(config), 1 + (script in TWO_OPTIMIZERS)
     config = config.get_text_config()  # of a composite model: what reads text
     numbers = [processes.world()] if processes.world() > 1 else [1, 8]
     estimate = parts(config, parameters, args.micro_tokens, optimizers, numbers[0], args.offload)

@@ -26,6 +26,7 @@ from runtime.verification import Verifier  # noqa: E402
 torch.set_num_threads(1)  # tiny tensors lose by threads
 transformers.utils.logging.disable_progress_bar()
 SCRIPTS = [name for name in ("grpo", "luffy", "chord", "relift", "topr") if (ROOT / f"{name}.py").exists()]
+MORE = sorted(f"more/{path.stem}" for path in (ROOT / "more").glob("*.py"))  # the methods around the five
 
 
 # --------------------------------------------------------------------------------------- the authors' numbers
@@ -158,7 +159,7 @@ def command_line(tmp_path, monkeypatch):
     def enter(script: str, *flags: str):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-        return importlib.import_module(script)
+        return importlib.import_module(script.replace("/", "."))
 
     yield enter
     for number, handler in handlers.items():

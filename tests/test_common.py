@@ -169,8 +169,8 @@ def test_rows_without_advantage_are_left_out_and_not_missed(make_run, tiny_model
     rows = random_rows(run.policy.tokenizer)
     for row in rows[::2]:
         row.advantage = 0.0
-    for bonus, used in ((0.0, 6), (0.1, 12)):  # the bonus has a gradient in every row
-        assert sum(len(batch.tokens) for batch in run.micro_batches(rows, bonus)) == used
+    for bonus, all_rows, used in ((0.0, False, 6), (0.1, False, 12), (0.0, True, 12)):  # a gradient in every row
+        assert sum(len(batch.tokens) for batch in run.micro_batches(rows, bonus, all_rows)) == used
 
 
 # ---------------------------------------------------------------------------------------------------- EOS

@@ -1,4 +1,4 @@
-"""The house: three floors, imports run down only; flags in groups, and none that does nothing; what common.py says."""
+"""The house: its floors, imports run down only; flags in groups, and none that does nothing; what common.py says."""
 import ast
 import doctest
 import inspect
@@ -9,12 +9,13 @@ import tomllib
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL, optional, run_script
+from conftest import MORE, ROOT, SCRIPTS, SMALL, optional, run_script
 
 import common
 from runtime.flags import GROUPS
 
-LOCAL = {path.stem: path for path in [*ROOT.glob("*.py"), *(ROOT / "runtime").glob("*.py")]}
+FLOORS = ("more", "", "runtime")  # in the root: the five methods, and under them common.py
+LOCAL = {path.stem: path for floor in FLOORS for path in (ROOT / floor).glob("*.py")}
 
 
 def imported(path) -> set[str]:
@@ -25,10 +26,16 @@ def imported(path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name.removeprefix("runtime.") in LOCAL}
+    return {name for name in names if bare(name) in LOCAL}
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("runtime.").removeprefix("more.")
 
 
 def test_imports_run_down():
+    for script in MORE:
+        assert imported(ROOT / f"{script}.py") <= {"common", *SCRIPTS}, script
     for script in SCRIPTS:
         assert imported(ROOT / f"{script}.py") <= {"common", "grpo"}, script
     assert all(name.startswith("runtime.") for name in imported(ROOT / "common.py"))
@@ -37,7 +44,7 @@ def test_imports_run_down():
 
 
 def test_no_imports_in_a_circle():
-    below = {name: {other.removeprefix("runtime.") for other in imported(path)} for name, path in LOCAL.items()}
+    below = {name: {bare(other) for other in imported(path)} for name, path in LOCAL.items()}
     while below:
         lowest = {name for name, others in below.items() if not others & below.keys()}
         assert lowest, f"a circle among {sorted(below)}"
@@ -146,7 +153,7 @@ def test_the_verifiers_processes_import_nothing_heavy():
     assert not {"torch", "transformers", "datasets", "tqdm"} & {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 @pytest.mark.parametrize("flags, code", ((["--help"], 0), (["--modle", "toy"], 2), (["--n", "0"], 2)))
 def test_help_and_a_typo_wait_for_no_heavy_import(script, flags, code, tmp_path):
     command = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), *flags]
@@ -158,7 +165,7 @@ def test_help_and_a_typo_wait_for_no_heavy_import(script, flags, code, tmp_path)
 
 
 # ------------------------------------------------------------------------------------- what is installed
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 def test_uv_run_installs_what_requirements_txt_says(script):
     """The comment block of PEP 723, read as the standard says."""
     lines = (ROOT / f"{script}.py").read_text().splitlines()

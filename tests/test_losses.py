@@ -1,15 +1,18 @@
 """What holds for every loss, for whoever copies it: shapes, dtypes, padding, extremes, no token, micro-batches."""
 import doctest
+import importlib
 import inspect
 import math
 
 import pytest
 import torch
-from conftest import assert_parts_add_up
+from conftest import MORE, assert_parts_add_up
 
 from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
+from more.hpt import hpt_loss
+from more.srft import srft_loss
 from relift import hardest, rl_loss, sft_loss, take_from_buffer
 from topr import pick, topr_loss
 
@@ -27,9 +30,17 @@ LOSSES = {  # with every setting that goes another way through them
     "reinforce": (topr_loss, {"weights": "reinforce"}),
     "ppo": (topr_loss, {"weights": "ppo"}),
 }
-WHOLE = ("normaliser", "rollout_tokens", "demo_tokens", "tokens")  # what they divide by, of the whole step
+for module in [importlib.import_module(script.replace("/", ".")) for script in MORE]:
+    LOSSES |= {f"{module.__name__} {name}": (function, {}) for name, function in vars(module).items()
+               if name.endswith("_loss") and function.__module__ == module.__name__}
+LOSSES |= {  # their other settings
+    "hpt clipped": (hpt_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
+    "srft constant": (srft_loss, {"gamma": None, "constant_weights": True}),
+}
+IMITATE = (chord_loss, hpt_loss, srft_loss)  # whose demonstrations have a gradient at A = 0
+WHOLE = ("normaliser", "sft_normaliser", "rollout_tokens", "demo_tokens", "tokens")  # what they divide by
 each_loss = pytest.mark.parametrize("loss_of, settings", LOSSES.values(), ids=LOSSES)
-MIXED = [name for name in LOSSES if name.startswith(("luffy", "chord"))]
+MIXED = [name for name, (loss, _) in LOSSES.items() if "is_demo" in inspect.signature(loss).parameters]
 each_mixed_loss = pytest.mark.parametrize("loss_of, settings", [LOSSES[name] for name in MIXED], ids=MIXED)
 
 
@@ -41,7 +52,7 @@ def some_rows(dtype=torch.float64) -> dict:
     return {"logp": old_logp + drift + 0.4 * torch.randn(8, 7, dtype=dtype), "old_logp": old_logp,
             "advantages": torch.tensor([1, 0.5, 1, -0.7, -1, -0.3, -1, 0.6], dtype=dtype),
             "mask": torch.arange(7) < torch.tensor([[7], [1], [4], [5], [2], [6], [3], [0]]),
-            "is_demo": torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()}
+            "is_demo": torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool(), "entropy": 2 * torch.rand(8, 7, dtype=dtype)}
 
 
 def evaluate(loss_of, settings: dict, rows: dict, whole=None):
@@ -105,15 +116,16 @@ def test_advantages_may_have_three_shapes(loss_of, settings):
 
 @each_loss
 def test_each_token_may_have_an_advantage_of_its_own(loss_of, settings):
-    """A token whose A is c > 0 times as large has c times the gradient, except where A is not read."""
+    """A token whose A is c > 0 times as large has c times the gradient, but for what it has at A = 0."""
     rows, factor = some_rows(), torch.rand(8, 7, dtype=torch.float64) + 0.1
     _, gradient, _ = evaluate(loss_of, settings, rows, 50)
     _, scaled, _ = evaluate(loss_of, settings, rows | {"advantages": rows["advantages"][:, None] * factor}, 50)
-    if loss_of is sft_loss:
-        factor = torch.ones_like(factor)
-    if loss_of is chord_loss:
-        factor[rows["is_demo"]] = 1
-    torch.testing.assert_close(scaled, factor * gradient, rtol=1e-12, atol=0)
+    _, imitation, _ = evaluate(loss_of, settings, rows | {"advantages": torch.zeros(8)}, 50)
+    torch.testing.assert_close(scaled - imitation, factor * (gradient - imitation), rtol=1e-12, atol=1e-16)
+    if loss_of is not sft_loss:
+        assert (gradient != imitation)[~rows["is_demo"]].any()
+        assert not imitation[~rows["is_demo"]].any()
+        assert bool(imitation.any()) == (loss_of in IMITATE)
 
 
 @each_loss
@@ -136,8 +148,9 @@ def test_demonstrations_may_be_named_in_three_shapes(loss_of, settings):
 def test_a_row_may_be_a_demonstration_in_part(loss_of, settings):
     """Its two parts are as good as two rows."""
     rows, beginning = some_rows(), torch.arange(7) < 3
+    rows["entropy"] = rows["entropy"][:, :1].repeat(1, 7)  # its mean over a row may be read
     mixed = rows | {"is_demo": beginning & rows["is_demo"][:, None]}
-    parts = {name: torch.cat([rows[name], rows[name]]) for name in ("logp", "old_logp", "advantages")}
+    parts = {name: torch.cat([rows[name], rows[name]]) for name in ("logp", "old_logp", "advantages", "entropy")}
     demo = torch.cat([rows["is_demo"], torch.zeros(8, dtype=bool)])
     parts |= {"mask": torch.cat([rows["mask"] & mixed["is_demo"], rows["mask"] & ~mixed["is_demo"]])}
     loss, gradient, metrics = evaluate(loss_of, settings, parts | {"is_demo": demo}, 50)
@@ -186,7 +199,8 @@ def test_what_stands_outside_the_mask_changes_nothing(garbage, loss_of, settings
     expected = evaluate(loss_of, settings, rows)
     for sign in (1, -1):
         filled = rows | {"logp": rows["logp"].masked_fill(outside, garbage),
-                         "old_logp": rows["old_logp"].masked_fill(outside, sign * garbage)}
+                         "old_logp": rows["old_logp"].masked_fill(outside, sign * garbage),
+                         "entropy": rows["entropy"].masked_fill(outside, garbage)}
         filled["advantages"] = rows["advantages"].masked_fill(outside.all(dim=1), garbage)  # of the empty row
         assert_same(evaluate(loss_of, settings, filled), expected)
         filled["advantages"] = advantages.masked_fill(outside, garbage)
@@ -200,7 +214,7 @@ def one_row(log_ratio, advantage, dtype=torch.float64, is_demo=False) -> dict:
     logp = torch.tensor([[-1 + min(log_ratio, 0), -1]], dtype=dtype)
     return {"logp": logp, "old_logp": logp - torch.tensor([log_ratio, 0], dtype=dtype),
             "advantages": torch.tensor([advantage], dtype=dtype), "mask": torch.ones(1, 2),
-            "is_demo": torch.tensor([is_demo])}
+            "is_demo": torch.tensor([is_demo]), "entropy": torch.tensor([[0, 12.0]], dtype=dtype)}
 
 
 @each_loss
@@ -213,7 +227,7 @@ def test_extreme_ratios_are_finite(log_ratio, advantage, is_demo, dtype, loss_of
     assert loss.isfinite()
     assert gradient.isfinite().all()
     assert all(total.isfinite() for total, _ in metrics.values())
-    if advantage == 0 and not (loss_of is sft_loss or loss_of is chord_loss and is_demo):  # which imitate
+    if advantage == 0 and not (loss_of is sft_loss or loss_of in IMITATE and is_demo):
         assert loss == 0
         assert not gradient.any()
 
@@ -242,14 +256,17 @@ def test_no_token_is_a_loss_of_0_and_no_gradient(whole, loss_of, settings):
 
 @each_mixed_loss
 def test_no_token_of_one_kind_leaves_the_other(loss_of, settings):
-    for is_demo, names in ((True, ("clip_fraction", "kl/old_policy", "token_loss/rollouts")),
-                           (False, ("token_loss/demonstrations",))):
+    for is_demo in (True, False):
         rows = some_rows() | {"is_demo": torch.tensor([is_demo] * 8)}
         loss, gradient, metrics = evaluate(loss_of, settings, rows)
         assert loss.isfinite() and loss != 0
         assert gradient.isfinite().all() and gradient.any()
-        assert all(metrics[name] == (0, 0) for name in names)
-        assert all(count == rows["mask"].sum() for name, (_, count) in metrics.items() if name not in names)
+        assert {"token_loss/rollouts", "token_loss/demonstrations"} <= metrics.keys()
+        for name, (total, count) in metrics.items():
+            if name.endswith("/demonstrations") != is_demo:
+                assert total == count == 0, name
+            elif name in ("token_loss/demonstrations", "token_loss/rollouts", "clip_fraction", "kl/old_policy"):
+                assert count == rows["mask"].sum(), name  # others may count right or wrong rows alone
         counts = {"rollout_tokens": 0 if is_demo else 28, "demo_tokens": 28 if is_demo else 0}  # CHORD's
         assert_same(evaluate(loss_of, settings, rows | counts), (loss, gradient, metrics))
 
@@ -271,7 +288,7 @@ def test_what_is_divided_by_where_nothing_is_said(loss_of, settings):
     rows = some_rows()
     demo = rows["mask"] & rows["is_demo"][:, None]
     by_row = loss_of is topr_loss and settings.get("weights") != "ppo"
-    whole = {"normaliser": 8 if by_row else 8 * 7, "tokens": rows["mask"].sum(),
+    whole = {"normaliser": 8 if by_row else 8 * 7, "sft_normaliser": 8 * 7, "tokens": rows["mask"].sum(),
              "rollout_tokens": (rows["mask"] & ~demo).sum(), "demo_tokens": demo.sum()}
     assert_same(evaluate(loss_of, settings, rows | whole), evaluate(loss_of, settings, rows))
     assert evaluate(loss_of, settings, rows, 3)[0] != evaluate(loss_of, settings, rows)[0]

@@ -306,17 +306,18 @@ def test_score_is_at_the_temperature_and_counts_tokens(watched):
 def test_log_probs_of_an_update_are_at_the_temperature(watched):
     run, rows, calls = watched
     expected = {len(row.response): plain(run, row, 0.7) for row in rows}
-    for bonus in (0.0, 0.1, -0.1):
+    for bonus, asked in ((0.0, False), (0.1, False), (-0.1, False), (0.0, True)):
         run.policy.model.eval()
         calls.clear()
         batches = list(run.micro_batches(rows, bonus))
         for batch in batches:
-            logp, entropy = run.logprobs(batch, bonus)
+            logp, entropy = run.logprobs(batch, bonus, asked)
             assert logp.requires_grad
             for i, size in enumerate(batch.mask.sum(dim=1).tolist()):
                 row_logp, row_entropy = expected[size]
+                row_entropy = row_entropy if bonus or asked else torch.zeros(size, dtype=torch.float64)
                 torch.testing.assert_close(logp[i, :size].double(), row_logp, rtol=0, atol=1e-4)
-                torch.testing.assert_close(entropy[i, :size].double(), row_entropy * bool(bonus), rtol=0, atol=1e-4)
+                torch.testing.assert_close(entropy[i, :size].double(), row_entropy, rtol=0, atol=1e-4)
         assert len(calls) == len(batches) > 1
         assert all(tokens <= 80 and training for tokens, training in calls)
 

@@ -5,10 +5,11 @@ import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, load, read_jsonl, run_script, write_jsonl
+from conftest import MORE, ROOT, SCRIPTS, SMALL, load, read_jsonl, run_script, write_jsonl
 
 import common
 
@@ -24,7 +25,7 @@ ACCURACIES = {"accuracy/easy", "accuracy/hard", "accuracy/ood"}
 
 
 # --------------------------------------------------------------------------------------------------- help
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 def test_help_shows_every_flag_with_its_default(script, command_line, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
     module = command_line(script, "--help")
@@ -157,7 +158,7 @@ def assert_refused(script: str, module, named: str, capfd):
     stderr = capfd.readouterr().err
     assert end.value.code == 2
     assert stderr.count("\n") == 1, stderr
-    assert stderr.startswith(f"{script}.py: error: ")
+    assert stderr.startswith(f"{Path(script).name}.py: error: ")
     assert named in stderr
 
 
@@ -169,14 +170,14 @@ def test_a_mistake_in_the_input_is_one_line(mistake, tiny_model, command_line, t
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 @pytest.mark.parametrize("mistake", WRONG_FLAGS)
 def test_a_wrong_flag_is_one_line(script, mistake, tiny_model, command_line, tmp_path, capfd):
     flags, named = WRONG_FLAGS[mistake]
     assert_refused(script, command_line(script, *flags_of(flags, tmp_path, tiny_model)), named, capfd)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 def test_every_number_is_kept_within_its_limits(script, command_line, capfd):
     module = command_line(script)
     numbers = {field.name: field.metadata for field in fields(module.Args) if field.type in (int, float)}
@@ -188,7 +189,7 @@ def test_every_number_is_kept_within_its_limits(script, command_line, capfd):
                 assert_refused(script, module, f"it must be at {limit} {limits[limit]}", capfd)
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "topr"])  # it compares none
+@pytest.mark.parametrize("script", [script for script in SCRIPTS + MORE if script != "topr"])  # it compares none
 def test_a_group_of_one_is_refused(script, tiny_model, command_line, tmp_path, capfd):
     module = command_line(script, *flags_of(["--n", "1"], tmp_path, tiny_model))
     assert_refused(script, module, "--n is 1", capfd)
@@ -216,9 +217,9 @@ def code_lines(script: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def changed_lines(script: str) -> list[str]:
-    """Lines added and removed against grpo.py."""
-    diff = list(difflib.unified_diff(code_lines("grpo"), code_lines(script), n=0, lineterm=""))
+def changed_lines(script: str, parent: str = "grpo") -> list[str]:
+    """Lines added and removed against another script."""
+    diff = list(difflib.unified_diff(code_lines(parent), code_lines(script), n=0, lineterm=""))
     return [line for line in diff[2:] if line[0] in "+-"]
 
 
@@ -227,7 +228,7 @@ def test_a_method_is_a_small_diff_to_grpo(script):
     assert len(changed_lines(script)) <= 80
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 def test_a_script_is_read_in_ten_minutes(script):
     lines = (ROOT / f"{script}.py").read_text().splitlines()
     assert len(lines) <= (220 if script == "grpo" else 280)
@@ -247,7 +248,7 @@ if __name__ == "__main__":
 """.splitlines()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + MORE)
 def test_the_loop_is_the_same_text_in_every_script(script):
     lines = iter((ROOT / f"{script}.py").read_text().splitlines())
     for expected in LOOP:  # in this order, to the byte

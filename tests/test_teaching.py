@@ -15,7 +15,7 @@ import curves  # noqa: E402
 import plot  # noqa: E402
 import weights  # noqa: E402
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "more" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 
 # ------------------------------------------------------------------------------------------- the weights
@@ -50,7 +50,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_to_this_repository_leads_somewhere(page):
     links = re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text())
     for path, place in links:
