@@ -78,7 +78,7 @@ class Run:
         if args.dry_run:
             memory.dry_run(args, self.record.script, self.device)
         if self.device.type == "cuda":
-            memory.check(args, self.record.script, torch.cuda.get_device_properties(self.device).total_memory)
+            memory.fit(args, self.record.script, torch.cuda.get_device_properties(self.device).total_memory)
         with waiting("reading data (from the Hub at their first use)"), processes.first_of_machine_ahead():
             rows = read_data(args)  # first what fails fast, then the model
         with waiting(f"loading {args.model} (from the Hub at its first use)"):
@@ -96,7 +96,9 @@ class Run:
         self.kept = KeptRows(self.train, self.codec, self.state, self.record.folder / "rollouts.jsonl")
         with waiting("starting the sampler (vLLM: a minute or two, at its first start on a machine more)"):
             self.sampler = Sampler(args, self.policy)
-            self.sampler.hand_over(0, (self.train or self.held_out)[0])
+            stale = self.sampler.hand_over(0, (self.train or self.held_out)[0])
+        if stale:
+            fail(stale)
 
     @waiting("reading the checkpoint")
     def resume(self):
@@ -262,20 +264,25 @@ class Run:
 
     # ---- the end of a step, and of the run
     def end_step(self):
-        """Hands the weights to the sampler, evaluates, writes metrics and checkpoint; ends after a signal."""
+        """Hands the weights to the sampler, evaluates, writes metrics and checkpoint.
+
+        Ends the run, once the step is saved, after a signal or if the sampler did not take the weights.
+        """
         args, last = self.args, self.step == self.args.steps
         with waiting("handing the weights to the sampler"):
-            self.sampler.hand_over(self.step, self.train[0])
+            stale = self.sampler.hand_over(self.step, self.train[0])
         metrics = self.record.take_metrics()
         if self.step == 1:
             for line in diagnose(metrics, self.device.type, self.demonstrations.given > 0, bool(args.reward)):
                 tqdm.write(line)
-        if last or self.step % args.eval_every == 0:
+        if not stale and (last or self.step % args.eval_every == 0):
             metrics |= self.evaluate()
         self.record.write_metrics(self.step, metrics)
         stopped = max(processes.gather(self.record.stop_signal))
-        if last or stopped or args.save_every and self.step % args.save_every == 0:
+        if last or stopped or stale or args.save_every and self.step % args.save_every == 0:
             self.save()
+        if stale:
+            fail(f"{stale}; --resume goes on after the step, which is saved")
         if stopped and not last:
             self.verifier.close()
             self.record.end_early(self.step, stopped)

@@ -3,6 +3,7 @@ import argparse
 import ast
 import os
 import sys
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,41 @@ def fail(message: str):
     raise SystemExit(2)
 
 
+# What is said where memory does not suffice: by vLLM when it starts, of a share that is too small or too large.
+TOO_SMALL = ("No available memory for the cache blocks", "larger than the available KV cache memory")
+TOO_LARGE = ("is less than desired GPU memory utilization",)
+RAN_OUT = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "MemoryError")  # CUDA, cuBLAS, torch, Python
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Which flag to change if memory did not suffice, on a card or a CPU; empty for any other error.
+
+    What was at work tells the innermost method of runtime/ on the error's trace, or on that of its cause.
+    """
+    said, methods = "", []
+    while error:
+        said += f"{type(error).__name__}: {error} "
+        codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        methods += [code.co_qualname for code in codes if Path(code.co_filename).parent == ROOT / "runtime"]
+        error = error.__cause__ or error.__context__
+    if any(words in said for words in TOO_SMALL):
+        return ("vLLM's share of the card does not hold one response of full length: raise "
+                "--gpu_memory_utilization, or lower --max_response and --eval_response")
+    if any(words in said for words in TOO_LARGE):
+        return "less of the card is free than vLLM's share: lower --gpu_memory_utilization"
+    if not any(words in said for words in RAN_OUT):
+        return ""
+    for method in reversed(methods):
+        if method.startswith("VLLMSampler."):
+            return "out of memory in vLLM: lower --gpu_memory_utilization"
+        if method.startswith("TransformersSampler."):
+            return ("out of memory while sampling: lower --prompts, --n or --max_response, or on a card sample "
+                    "with vLLM")
+        if method in ("Policy.step", "Policy.load", "Policy.__init__"):
+            return "out of memory for weights and moments: use --offload or more cards"
+    return "out of memory: lower --micro_tokens; if that does not help, use --offload or more cards"
+
+
 def explain(kind, error, trace):
     """For what goes wrong later (sys.excepthook): one line where it is enough. The last checkpoint stays."""
     from runtime import processes
@@ -46,13 +82,12 @@ def explain(kind, error, trace):
 
 
 def describe(kind, error, trace):
-    import torch
     from safetensors import SafetensorError
-    cause = error
+    advice, cause = out_of_memory(error), error
     while cause and not isinstance(cause, (OSError, SafetensorError)):  # torch.save raises on top of it
         cause = cause.__context__
-    if issubclass(kind, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # GPU, CPU
-        say(f"out of memory: lower --micro_tokens, or for the rollout --prompts. {error}")
+    if advice:
+        say(f"{advice}; --resume goes on from the last checkpoint, if there is one. {error}")
     elif cause:  # a full disk, a file that may not be written, a folder that has gone
         say(f"ended by the system: {cause}; --resume goes on from the last checkpoint, if there is one")
     elif issubclass(kind, KeyboardInterrupt):
@@ -122,8 +157,9 @@ class Args:
     # sampling
     temperature: float = flag("of sampling, and of log-probs: logits are divided by it", 1.0, least=0.01)
     rollout: str = flag("engine that samples", "auto", choices=("auto", "vllm", "transformers"))
-    gpu_memory_utilization: float = flag("share of the GPU's memory that vLLM takes while it samples", 0.4,
-                                         least=0.01, most=1, not_with="rollout=transformers")
+    gpu_memory_utilization: float = flag("share of the GPU's memory that vLLM takes while it samples; 0: "
+                                         "the largest that fits beside the trainer, by an estimate", 0.0,
+                                         least=0, most=1, not_with="rollout=transformers")
 
     # evaluation
     eval_every: int = flag("steps between evaluations on held-out problems", toy=20, real=50, least=1)

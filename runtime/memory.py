@@ -3,6 +3,7 @@
 Update and sampling take turns. In the update vLLM sleeps; while it samples, there are no gradients and no
 layer is at work, and its share has to fit beside the weights and moments that stay on the card.
 """
+import math
 import os
 
 import torch
@@ -13,8 +14,15 @@ from runtime.flags import fail
 
 GIB = 1 << 30
 CARDS = (24, 48, 80)  # GiB, shown where there is no GPU
-USABLE = 0.9          # of a card; the rest goes to the CUDA context and to fragmentation
 TWO_OPTIMIZERS = ("relift",)  # scripts whose optimizer_step() names moments of its own for fine-tuning
+
+
+def usable(card: float) -> float:
+    """Bytes of a card that are counted on: all but a tenth, and all but 3 GiB.
+
+    The rest is for the CUDA context, for vLLM's CUDA graphs, which stay while it sleeps, and for fragmentation.
+    """
+    return card - max(0.1 * card, 3 * GIB)
 
 
 def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1, cards: int = 1,
@@ -48,41 +56,59 @@ def largest_micro_tokens(config, parameters: int, card: float, optimizers: int =
     """The largest --micro_tokens for cards of `card` bytes; 0 or less: the model cannot be trained there."""
     fixed = sum(parts(config, parameters, 0, optimizers, cards, offload).values())
     per_token = sum(parts(config, parameters, 1, optimizers, cards, offload).values()) - fixed
-    return int((USABLE * card - fixed) / per_token)
+    return int((usable(card) - fixed) / per_token)
 
 
 def largest_share(parameters: int, card: float, optimizers: int = 1, cards: int = 1,
                   offload: bool = False) -> float:
-    """The largest --gpu_memory_utilization beside what stays on the card while vLLM samples."""
+    """The largest --gpu_memory_utilization, in hundredths, beside what the trainer holds while vLLM samples.
+
+    That is from the first step on its weights and the moments of each of its optimisers; before, the weights.
+    """
     stays = 0 if offload else (4 + 8 * optimizers) * parameters / cards
-    return max(0.0, USABLE - stays / card)
+    return max(0, math.floor(100 * (usable(card) - stays) / card)) / 100
 
 
-def cache_tokens(config, parameters: int, share: float) -> int:
-    """Tokens of keys and values (bfloat16) in vLLM's share, in bytes, beside its weights."""
+def cache_tokens(config, parameters: int, share: float, card: float) -> int:
+    """Tokens of keys and values (bfloat16) in vLLM's share of a card, beside its weights and work.
+
+    Its work is measured by vLLM at start, with as many tokens (and rows of logits) at once as it reads (and
+    samples) on a card of this size: gate, up and their product in bfloat16; logits, log-probs and noise in
+    float32. Half a GiB is for CUDA graphs.
+    """
+    tokens, rows = (16384, 1024) if card >= 70 * GIB else (8192, 256)
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    work = 6 * inner * tokens + 12 * config.vocab_size * rows + GIB // 2
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     per_token = 2 * 2 * config.num_hidden_layers * heads * size
-    return int((share - 2 * parameters) / per_token)
+    return int((share * card - 2 * parameters - work) / per_token)
 
 
-def verdict(config, parameters: int, card: float, args, optimizers: int = 1, cards: int = 1,
+def refusal(config, parameters: int, card: float, args, optimizers: int = 1, cards: int = 1,
             offload: bool = False) -> str:
-    """What `card` bytes are for a run with these args: enough, or what is too much for them."""
+    """What of a run with these args does not fit on `card` bytes, and what to change; empty if all does."""
     row = args.max_prompt + args.max_response
+    longest = args.max_prompt + max(args.max_response, args.eval_response)
     largest = largest_micro_tokens(config, parameters, card, optimizers, cards, offload)
     share = largest_share(parameters, card, optimizers, cards, offload)
+    given = args.gpu_memory_utilization or share
     if largest <= args.max_prompt:
-        return "too small for this model"
+        advice = "more or larger cards" if offload else "more cards, or --offload"
+        return f"too small for this model: it takes {advice}"
     if largest < row:
         return f"too small for a row of {row} tokens: lower --max_response"
-    if cache_tokens(config, parameters, share * card) < row:
-        return "too small for vLLM's weights and cache beside what stays there"
-    if share < args.gpu_memory_utilization:
+    if largest < args.micro_tokens:
+        return f"lower --micro_tokens to at most {largest}"
+    if args.rollout == "transformers":
+        return ""
+    if cache_tokens(config, parameters, share, card) < longest:
+        return f"too small for vLLM beside what stays there, even with --gpu_memory_utilization {share:.2f}"
+    if given > share:
         return f"--gpu_memory_utilization at most {share:.2f}"
-    if cache_tokens(config, parameters, args.gpu_memory_utilization * card) < row:
+    if cache_tokens(config, parameters, given, card) < longest:
         return f"raise --gpu_memory_utilization, up to {share:.2f}"
-    return "enough" if largest >= args.micro_tokens else "lower --micro_tokens"
+    return ""
 
 
 def host_bytes(parameters: int, optimizers: int = 1, cards: int = 1, offload: bool = False,
@@ -103,22 +129,25 @@ def count_parameters(config) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def check(args, script: str, card: int):
-    """Ends the program with one line if the model cannot fit, whatever --micro_tokens and vLLM's share."""
-    if args.model == "toy":
-        return
+def fit(args, script: str, card: int):
+    """Ends the program with one line if by the estimate the run does not fit on cards of `card` bytes.
+
+    Without --gpu_memory_utilization it is set: to the largest share beside what the trainer keeps there.
+    """
     config, cards, local = policy.load_config(args), processes.world(), processes.local_world()
     parameters, optimizers = count_parameters(config), 1 + (script in TWO_OPTIMIZERS)
-    needed = sum(parts(config, parameters, 1, optimizers, cards, args.offload).values())
-    if needed > card:
-        advice = "more or larger cards" if args.offload else "more cards, or --offload"
-        fail(f"--model {args.model} needs {needed / GIB:.1f} GiB for an update on each of {cards} card(s) of "
-             f"{card / GIB:.0f} GiB, by the estimate of --dry_run: it takes {advice}")
+    place = (parameters, card, args, optimizers, cards, args.offload)
+    reason = refusal(config.get_text_config(), *place)
+    if reason:
+        fail(f"--model {args.model} on {cards} card(s) of {card / GIB:.0f} GiB, by the estimate of --dry_run: "
+             f"{reason}")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = host_bytes(parameters, optimizers, cards, args.offload, local)
     if args.offload and needed > host:
         fail(f"--offload: {args.model} needs {needed / GIB:.0f} GiB of host memory, and this machine has "
              f"{host / GIB:.0f}")
+    args.gpu_memory_utilization = args.gpu_memory_utilization or largest_share(
+        parameters, card, optimizers, cards, args.offload)
 
 
 def dry_run(args, script: str, device: torch.device):
@@ -142,11 +171,13 @@ def dry_run(args, script: str, device: torch.device):
         for card in cards:
             largest = largest_micro_tokens(config, parameters, card, optimizers, number, args.offload)
             share = largest_share(parameters, card, optimizers, number, args.offload)
-            cache = cache_tokens(config, parameters, card * min(share, args.gpu_memory_utilization))
-            said = verdict(config, parameters, card, args, optimizers, number, args.offload)
+            used = min(share, args.gpu_memory_utilization or share)
+            cache = cache_tokens(config, parameters, used, card)
+            said = refusal(config, parameters, card, args, optimizers, number, args.offload) or "enough"
             print(f"{'a card' if number == 1 else f'{number} cards'} of {card / GIB:.0f} GiB: {said}; "
-                  f"--micro_tokens up to {max(0, largest):,}; "
-                  f"vLLM's cache holds {max(0, cache) // row} responses of full length at once on each")
+                  f"--micro_tokens up to {max(0, largest):,}; --gpu_memory_utilization up to {share:.2f}; "
+                  f"with {used:.2f} vLLM's cache holds {max(0, cache) // row} responses of full length at once "
+                  "on each")
         host = host_bytes(parameters, optimizers, number, args.offload, min(8, number))
         print(f"host memory of a machine with {min(8, number)} card(s): {host / GIB:.0f} GiB")
     raise SystemExit(0)

@@ -267,10 +267,11 @@ class Policy:
         optimizer.zero_grad()
         return norm
 
-    def weights(self):
-        """(name, tensor) of every parameter, whole and on the device, one at a time; a tied one once."""
+    def weights(self, names=None):
+        """(name, tensor) of these parameters, or all, whole and on the device, one at a time; a tied one once."""
         for name, parameter in self.model.named_parameters():
-            yield name, whole(parameter.detach().to(self.device))
+            if names is None or name in names:
+                yield name, whole(parameter.detach().to(self.device))
 
     def plain_model(self, dtype: torch.dtype, device: str = "cpu"):
         """A model of the same architecture and settings, without FSDP2 and without its weights."""

@@ -1,7 +1,8 @@
 """Sampling responses: with transformers on a CPU, with vLLM on a GPU.
 
-Both have two methods. generate(prompts, max_tokens, temperature, seed, numbers) takes token ids and returns,
-for each prompt, the token ids of one response and their log-probs; update(weights) hands the trainer's over.
+Both have three methods. generate(prompts, max_tokens, temperature, seed, numbers) takes token ids and returns,
+for each prompt, the token ids of one response and their log-probs; update(weights) hands the trainer's over;
+differing(weights) names those that did not arrive.
 A row's noise depends on the seed and on its number in the batch of all processes, and on nothing else: so the
 samples do not depend on how many processes there are.
 """
@@ -15,12 +16,23 @@ import torch.nn.functional as F
 import transformers
 
 from runtime import processes
-from runtime.flags import Args, explain, fail
+from runtime.flags import Args, explain, fail, out_of_memory
 from runtime.policy import SMALL, Policy
 from runtime.progress import bar, waiting
 from runtime.rows import Problem, Row, collate
 
 STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
+UNFUSED = ("mlp.down_proj.weight", "norm.weight")  # how weights are called that vLLM merges with no others
+
+
+def differing(model, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Names of those weights that the model has otherwise, to the bit, after a cast to its own dtype.
+
+    Only what it keeps under the same name and in the same shape is compared: not what a kernel has packed.
+    """
+    own = dict(model.named_parameters())
+    return [name for name, weight in weights.items() if name in own and own[name].shape == weight.shape
+            and not torch.equal(own[name], weight.to(own[name].dtype))]
 
 
 def row_seeds(seed: int, numbers) -> list[int]:
@@ -159,6 +171,9 @@ class TransformersSampler:
         for parameter, (_, weight) in zip(self.model.parameters(), weights, strict=True):
             parameter.copy_(weight)
 
+    def differing(self, weights: dict[str, torch.Tensor]) -> list[str]:
+        return differing(self.model, weights)
+
 
 class VLLMSampler:
     """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
@@ -195,7 +210,9 @@ class VLLMSampler:
                 logprobs_mode="processed_logprobs",  # processed: after the temperature
                 max_model_len=max_model_len, **options)
         except Exception as error:  # whatever vLLM says of the model, the card and its memory is passed on
-            fail(f"--rollout vllm, --gpu_memory_utilization {gpu_memory_utilization}: {error}")
+            advice = out_of_memory(error)
+            fail(f"--rollout vllm, --gpu_memory_utilization {gpu_memory_utilization}: {advice}. {error}"
+                 if advice else f"--rollout vllm: {error}")
         sys.excepthook = explain  # where vLLM has made the first process group, torch's stands here
 
     def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int,
@@ -228,6 +245,10 @@ class VLLMSampler:
         if self.on_cpu:  # whose kernels read a packed copy of the head, stale where the head is the embedding
             self.engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         self.engine.reset_prefix_cache()  # keys and values of the old weights
+
+    def differing(self, weights: dict[str, torch.Tensor]) -> list[str]:
+        """After update(): as above, on a card in bfloat16."""
+        return self.engine.apply_model(lambda model: differing(model, weights))[0]
 
 
 class Sampler:
@@ -266,13 +287,21 @@ class Sampler:
         return [Row(problem, *sampled[number]) for number, problem in enumerate(problems)]
 
     @torch.no_grad()
-    def hand_over(self, step: int, problem: Problem):
-        """Gives the engine the weights and has responses scored by both: a gap between them ends the run."""
+    def hand_over(self, step: int, problem: Problem) -> str:
+        """Gives the engine the weights. Returns what shows that it does not sample with them; empty if all is well.
+
+        Of the weights some are compared, the last of each name in UNFUSED: a step may be so small that log-probs
+        hardly move. And responses are scored by both: what each computes with the weights must agree too.
+        """
+        wrong = []
         if isinstance(self.engine, TransformersSampler) and self.engine.model is self.policy.model:
             if step:
-                return  # it samples with the trainer's own weights: once is enough
+                return ""  # it samples with the trainer's own weights: once is enough
         else:
             self.engine.update(self.policy.weights())
+            names = [name for name, _ in self.policy.model.named_parameters()]
+            last = {end: name for end in UNFUSED for name in names if name.endswith(end)}
+            wrong = self.engine.differing(dict(self.policy.weights(last.values())))
         length = min(32, self.args.max_response)
         responses = self.engine.generate([problem.prompt] * 8, length, 1.0, self.args.seed)
         rows = [Row(problem, *response) for response in responses]
@@ -282,7 +311,11 @@ class Sampler:
         sampler_logp = torch.tensor([number for row in rows for number in row.sampler_logp])
         limit = STALE[self.policy.device.type]
         gap = float((logp[batch.mask].cpu() - sampler_logp).abs().mean())
-        if not gap <= limit:  # nan is a gap too
-            fail("the sampler is stale, or the model does more after its head (caps or scales logits) than "
-                 f"runtime/policy.py knows: after step {step}'s hand-over its log-probs are {gap:.2g} nats a "
-                 f"token from the trainer's, more than {limit}")
+        stale = ""
+        if wrong:
+            stale = f"the sampler is stale: after step {step}'s hand-over its {wrong[0]} is not the trainer's"
+        elif not gap <= limit:  # nan is a gap too
+            stale = ("the sampler is stale, or the model does more after its head (caps or scales logits) than "
+                     f"runtime/policy.py knows: after step {step}'s hand-over its log-probs are {gap:.2g} nats a "
+                     f"token from the trainer's, more than {limit}")
+        return max(processes.gather(stale))  # of any process

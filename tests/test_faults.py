@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime import policy, sampling
+from runtime.flags import out_of_memory
 from runtime.problems import load_problems, read_rows
 from runtime.rows import Codec
 from runtime.verification import RIGHT, Verifier
@@ -219,8 +220,64 @@ def test_out_of_memory_is_one_line_that_names_the_flags(command_line, tiny_model
     with pytest.raises(RuntimeError) as raised:
         script.main()
     words = last_words(raised, capsys)
-    assert words.startswith("out of memory: lower --micro_tokens, or for the rollout --prompts. ")
-    assert "allocate" in words
+    assert words.startswith("out of memory: lower --micro_tokens; ")
+    assert "--resume goes on from the last checkpoint" in words and "allocate" in words
+
+
+def raiser(error):
+    def function(*arguments, **options):
+        raise error.with_traceback(None)  # without the frames of an earlier test
+    return function
+
+
+NO_BLOCKS = ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when ...")
+SHORT_CACHE = ValueError("To serve at least one request with the model's max seq len (16384), (2.0 GiB KV cache is "
+                         "needed, which is larger than the available KV cache memory (1.5 GiB). Based on ...")
+NOT_FREE = ValueError("Free memory on device cuda:0 (20.1/23.5 GiB) on startup is less than desired GPU memory "
+                      "utilization (0.9, 21.2 GiB). Decrease GPU memory utilization or reduce ...")
+TORCH = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+CUDA = torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported ...")
+WAKE = RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+WARM_UP = RuntimeError("CUDA out of memory occurred when warming up sampler with 1024 dummy requests. Please try ...")
+PLACES = {  # what is at work -> a call of its real method, in which something raises an error
+    "vLLM": lambda error: sampling.VLLMSampler.generate(
+        SimpleNamespace(settings=raiser(error), eos=[0]), [[1]], 1, 1.0, 0),
+    "a hand-over": lambda error: sampling.VLLMSampler.update(
+        SimpleNamespace(engine=SimpleNamespace(wake_up=raiser(error))), iter(())),
+    "transformers": lambda error: sampling.TransformersSampler.generate(
+        SimpleNamespace(model=SimpleNamespace(eval=raiser(error))), [[1]], 1, 1.0, 0),
+    "the update": lambda error: policy.Policy.logprobs(
+        SimpleNamespace(model=SimpleNamespace(logprobs=raiser(error))), None, False, 1.0),
+    "the optimiser": lambda error: policy.Policy.step(
+        SimpleNamespace(model=SimpleNamespace(parameters=raiser(error))), "rl", 1.0),
+}
+
+
+@pytest.mark.parametrize("place, error, flag", (
+    ("vLLM", NO_BLOCKS, "raise --gpu_memory_utilization"),
+    ("vLLM", SHORT_CACHE, "raise --gpu_memory_utilization, or lower --max_response"),
+    ("vLLM", NOT_FREE, "lower --gpu_memory_utilization"),
+    ("vLLM", WARM_UP, "lower --gpu_memory_utilization"), ("vLLM", TORCH, "lower --gpu_memory_utilization"),
+    ("a hand-over", WAKE, "lower --gpu_memory_utilization"),
+    ("transformers", TORCH, "lower --prompts, --n or --max_response"),
+    ("the update", TORCH, "lower --micro_tokens"), ("the update", CUDA, "lower --micro_tokens"),
+    ("the update", CUBLAS, "lower --micro_tokens"), ("the update", MemoryError(), "lower --micro_tokens"),
+    ("the optimiser", TORCH, "use --offload or more cards"),
+    ("the update", RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ("vLLM", ValueError("temperature must be non-negative"), None)))
+def test_memory_that_runs_out_names_the_flag_of_what_was_at_work(place, error, flag):
+    with pytest.raises(type(error)) as raised:
+        PLACES[place](error)
+    advice = out_of_memory(raised.value)
+    assert advice == "" if flag is None else flag in advice
+    try:  # also where another error was raised on top of it
+        try:
+            PLACES[place](error)
+        except type(error) as cause:
+            raise RuntimeError("the engine has ended") from cause
+    except RuntimeError as outer:
+        assert out_of_memory(outer) == advice
 
 
 # --------------------------------------------------------------------------------------------- bad rows

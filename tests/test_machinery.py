@@ -381,6 +381,9 @@ class OtherEngine:
         if not self.deaf:
             self.engine.update(weights)
 
+    def differing(self, weights):
+        return self.engine.differing(weights)
+
 
 def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
     """Five steps, evaluated every second, saved every third; each a rollout and an update. A signal in the last one."""
@@ -432,6 +435,28 @@ def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
         run.end_step()
     assert end.value.code == 2
     assert "the sampler is stale" in capsys.readouterr().err
+
+
+def test_a_hand_over_that_does_not_arrive_is_seen_in_the_smallest_step_and_loses_none(quick_run, coin_model, coin_data,
+                                                                                      capsys):
+    flags = ("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--steps", "5", "--name", "x",
+             "--save_every", "0", "--eval_every", "2")
+    run = quick_run(*flags)
+    run.sampler.engine = OtherEngine(run.sampler.engine, run.policy, coin_model)
+    weight = run.policy.model.model.layers[1].mlp.down_proj.weight
+    with pytest.raises(SystemExit) as end:
+        for step in run.steps():
+            run.sampler.engine.deaf = step == 2
+            with torch.no_grad():
+                weight[0, 0] += 1e-6  # no log-prob tells
+            run.end_step()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and run.step == 2
+    assert "the sampler is stale: after step 2's hand-over its model.layers.1.mlp.down_proj.weight is not" in error
+    assert [list(line) == ["step"] for line in read_jsonl(run.record.folder / "metrics.jsonl")] == [False, True, True]
+    resumed = quick_run(*flags, "--resume")
+    assert resumed.step == 2
+    assert torch.equal(resumed.policy.model.model.layers[1].mlp.down_proj.weight, weight)
 
 
 def test_without_save_every_the_only_checkpoint_is_the_last(quick_run, coin_model, coin_data):

@@ -50,7 +50,7 @@ def test_the_largest_micro_batch_just_fits():
     for card in (48, 80):
         largest = memory.largest_micro_tokens(config, parameters, card * memory.GIB)
         size = sum(memory.parts(config, parameters, largest).values())
-        assert 0 <= memory.USABLE * card * memory.GIB - size < 10 * memory.GIB / largest * 100
+        assert 0 <= memory.usable(card * memory.GIB) - size < 10 * memory.GIB / largest * 100
     assert memory.largest_micro_tokens(config, parameters, 24 * memory.GIB) < 0  # 16 bytes a parameter
 
 
@@ -70,7 +70,14 @@ ROOM = {  # card in GiB, --offload, what is said
     "enough": (80, [], None),
     "too small alone": (24, [], "it takes more cards, or --offload"),
     "enough with offload": (24, ["--offload"], None),
-    "too small even so": (2, ["--offload"], "it takes more or larger cards"),
+    "too small even so": (4, ["--offload"], "it takes more or larger cards"),
+    "no room for a micro-batch": (80, ["--micro_tokens", "300000"], "lower --micro_tokens to at most 195737"),
+    "a share that fits": (80, ["--gpu_memory_utilization", "0.68"], None),
+    "a share beside moments that come later": (80, ["--gpu_memory_utilization", "0.8"],
+                                               "--gpu_memory_utilization at most 0.68"),
+    "a share beside two moments": (48, ["--gpu_memory_utilization", "0.4"], "--gpu_memory_utilization at most 0.30"),
+    "a share without a cache": (80, ["--gpu_memory_utilization", "0.05"], "raise --gpu_memory_utilization, up to 0.68"),
+    "another engine": (80, ["--rollout", "transformers"], None),
 }
 
 
@@ -80,13 +87,14 @@ def test_a_card_that_is_too_small_is_one_line(case, command_line, tmp_path, caps
     card, flags, said = ROOM[case]
     (tmp_path / "math").mkdir()
     (tmp_path / "math" / "config.json").write_text(json.dumps(QWEN_MATH))
-    module = command_line("grpo", "--model", "math", *flags)
+    script = "relift" if "two" in case else "grpo"
+    module = command_line(script, "--model", "math", *flags)
     args = common.parse(module.Args, module.__doc__)
     if said is None:
-        memory.check(args, "grpo", card * memory.GIB)
+        memory.fit(args, script, card * memory.GIB)
         return
     with pytest.raises(SystemExit) as end:
-        memory.check(args, "grpo", card * memory.GIB)
+        memory.fit(args, script, card * memory.GIB)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and said in error
 
@@ -97,8 +105,33 @@ def test_host_memory_that_is_too_small_is_one_line(command_line, tmp_path, capsy
     module = command_line("relift", "--model", "math", "--offload")
     monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 26 * memory.GIB // 4096}.get)
     with pytest.raises(SystemExit):
-        memory.check(common.parse(module.Args, module.__doc__), "relift", 24 * memory.GIB)
+        memory.fit(common.parse(module.Args, module.__doc__), "relift", 24 * memory.GIB)
     assert "needs 37 GiB of host memory, and this machine has 26" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, card, flags, expected", (
+    ("grpo", 80, [], 0.68), ("grpo", 48, [], 0.54), ("relift", 80, [], 0.54), ("grpo", 24, ["--offload"], 0.87),
+    ("grpo", 80, ["--gpu_memory_utilization", "0.5"], 0.5)))
+def test_without_the_flag_vllm_gets_what_the_trainer_leaves(script, card, flags, expected, command_line, tmp_path,
+                                                            monkeypatch):
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * memory.GIB // 4096}.get)
+    (tmp_path / "math").mkdir()
+    (tmp_path / "math" / "config.json").write_text(json.dumps(QWEN_MATH))
+    module = command_line(script, "--model", "math", *flags)
+    args = common.parse(module.Args, module.__doc__)
+    assert args.gpu_memory_utilization == (expected if flags[1:] else 0)
+    memory.fit(args, script, card * memory.GIB)
+    assert args.gpu_memory_utilization == expected
+    if not flags:  # weights and moments, 12 bytes a parameter or 20, and a tenth of the card
+        held = (20 if script == "relift" else 12) * 1_543_714_304 / memory.GIB
+        assert 0 <= 0.9 * card - held - expected * card < 0.01 * card
+
+
+def test_a_toy_gets_a_share_too(command_line):
+    module = command_line("grpo")
+    args = common.parse(module.Args, module.__doc__)
+    memory.fit(args, "grpo", 24 * memory.GIB)
+    assert args.gpu_memory_utilization == 0.87
 
 
 @pytest.fixture
@@ -129,7 +162,7 @@ def test_dry_run_says_what_fits_on_which_card(dry_run):
     assert "8 cards of 24 GiB: enough" in output
     assert "a card of 24 GiB: enough" in dry_run("grpo", "--offload")
     assert "80 GiB: --gpu_memory_utilization at most 0.68" in dry_run("grpo", "--gpu_memory_utilization", "0.8")
-    assert "24 GiB: raise --gpu_memory_utilization, up to 0.81" in dry_run("grpo", "--gpu_memory_utilization", "0.1")
+    assert "24 GiB: raise --gpu_memory_utilization, up to 0.78" in dry_run("grpo", "--gpu_memory_utilization", "0.1")
     assert "lower --max_response" in dry_run("relift", "--rope_theta", "40000", "--max_positions", "131072",
                                              "--max_response", "100000")
 
@@ -151,7 +184,7 @@ def test_the_readmes_table_is_what_the_estimate_says():
             for card in memory.CARDS:
                 place = (parameters, card * memory.GIB, 1, cards, offload)
                 largest = memory.largest_micro_tokens(config, *place)
-                cache = memory.cache_tokens(config, parameters, card * memory.GIB * memory.largest_share(*place))
+                cache = memory.cache_tokens(config, parameters, memory.largest_share(*place), card * memory.GIB)
                 expected.append(f"{largest // 1000}k" if min(largest, cache) >= 4096 else "-")
         hosts = [memory.host_bytes(parameters, 1, cards, offload, cards) / memory.GIB for cards in (1, 8)]
         expected.append(" / ".join(f"{host:.0f}" for host in hosts))

@@ -18,6 +18,7 @@ from conftest import SMALL, read_jsonl, run_script, save_model, write_jsonl
 
 from common import Row
 from runtime import policy, sampling, toy
+from runtime.flags import out_of_memory
 from runtime.rows import collate
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")  # before the import that reads them
@@ -151,20 +152,50 @@ def test_a_prompt_of_several_cache_blocks_is_read_anew_after_a_hand_over(pair):
     assert gap(model, LONG, sampler.generate(LONG, 20, 1.0, seed=0)) < CLOSE
 
 
-@pytest.mark.parametrize("broken", ("collective_rpc", "apply_model"))
-def test_a_stale_engine_ends_the_run_with_one_line(pair, broken, folder, tmp_path, make_run, monkeypatch, capsys):
-    if broken == "apply_model" and DEVICE == "cuda":
-        pytest.skip("only on a CPU is a packed head renewed by apply_model")
+@pytest.mark.parametrize("broken", ("collective_rpc", "the packed head"))
+def test_a_stale_engine_is_seen(pair, broken, folder, tmp_path, make_run, monkeypatch):
+    if broken == "the packed head" and DEVICE == "cuda":
+        pytest.skip("only a CPU's kernels pack it")
     data = write_jsonl(tmp_path / "data.jsonl", [{"problem": f"a={i:02d};a?", "answer": f"{i}"} for i in range(20)])
     run = make_run("grpo", "--model", folder, "--data", data, "--rollout", "transformers", *SMALL)
     run.sampler.engine, run.policy.model = pair
-    run.sampler.hand_over(1, run.train[0])
-    monkeypatch.setattr(run.sampler.engine.engine, broken, lambda *args, **kwargs: None)
+    assert run.sampler.hand_over(1, run.train[0]) == ""
+    if broken == "collective_rpc":  # of the weights that were compared one differs
+        monkeypatch.setattr(run.sampler.engine.engine, broken, lambda *args, **kwargs: None)
+        said = "norm.weight is not the trainer's"
+    else:  # the packed copy of the head, which is no parameter
+        monkeypatch.setattr(run.sampler.engine, "on_cpu", False)
+        said = "nats a token from the trainer's"
     change(run.policy.model)
-    with pytest.raises(SystemExit) as stop:
-        run.sampler.hand_over(2, run.train[0])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "the sampler is stale" in error
+    stale = run.sampler.hand_over(2, run.train[0])
+    assert stale.startswith("the sampler is stale") and said in stale
+
+
+@pytest.mark.parametrize("ending", sampling.UNFUSED)
+def test_one_bit_of_a_weight_that_did_not_arrive_is_seen(pair, ending):
+    sampler, model = pair
+    name, weight = [(name, weight) for name, weight in model.named_parameters() if name.endswith(ending)][-1]
+    if DEVICE == "cpu" and weight.ndim == 2:
+        pytest.skip("a CPU's kernels have packed it")
+    assert sampler.differing({name: weight}) == []
+    with torch.no_grad():
+        weight[-1] *= 1.01
+    assert sampler.differing({name: weight}) == [name]
+
+
+def test_what_vllm_says_of_too_little_memory_is_understood():
+    """Of the version that is installed: no room for the cache, not enough of it, and a card that others use."""
+    from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory
+    from vllm.v1.worker.utils import request_memory
+    snapshot = SimpleNamespace(free_memory=10 << 30, total_memory=24 << 30, device_="cuda:0")
+    cache = SimpleNamespace(gpu_memory_utilization=0.8)
+    for call, advice in (
+            (lambda: _check_enough_kv_cache_memory(0, lambda: 1, 400, lambda _: 0), "raise --gpu_memory_utilization"),
+            (lambda: _check_enough_kv_cache_memory(1, lambda: 2, 400, lambda _: 9), "raise --gpu_memory_utilization"),
+            (lambda: request_memory(snapshot, cache), "lower --gpu_memory_utilization")):
+        with pytest.raises(ValueError) as raised:
+            call()
+        assert advice in out_of_memory(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
