@@ -17,7 +17,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from runtime.normalise import comparable, normalise, prose, same, usable_as_text
+from runtime.normalise import comparable, normalise, prose, same
 
 ANSWER_SECONDS = 3.0        # wall clock for one answer
 ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
@@ -74,10 +74,10 @@ def compare(gold: str, answer: str) -> int:
     r"""RIGHT, WRONG, or UNPARSED: math-verify makes nothing of the answer, or of the reference.
 
     The papers' reward is math-verify alone. Here both texts are normalised first (`12元`, `１２`, `12.` and
-    `12 \text{ cm}` are 12 beside 12), and texts that are then the same are right at once. Wrong, though
-    math-verify finds them equal, are false chains (`11 = 12`), remainders and texts that contain the number
-    (`12 \mod 7`, `11 \to 12`), units and bases other than the reference's, and numbers that are equal to six
-    decimals but not within NEAR.
+    `12 \text{ cm}` are 12 beside 12), texts that are then the same are right at once, and conditions are sets
+    beside a set (`x > 1` beside `(1,\infty)`). Wrong, though math-verify finds them equal, are false chains
+    (`11 = 12`), remainders and texts that contain the number (`12 \mod 7`, `11 \to 12`), units and bases other
+    than the reference's, and numbers that are equal to six decimals but not within NEAR.
 
     How often that changes a verdict, on the 1,036 references in 2,019 rows of five benchmarks
     (bench/verdicts.py): of references as answers, bare, in $...$, in display style or behind `x =`, 15 of 4,144
@@ -86,6 +86,7 @@ def compare(gold: str, answer: str) -> int:
     3,108 become wrong and 5 right.
     """
     from math_verify import verify
+    from sympy import Interval, Union
 
     pair = normalise(gold), normalise(answer)
     if not same(*pair):
@@ -97,6 +98,8 @@ def compare(gold: str, answer: str) -> int:
     gold_read, answer_read = map(read, pair)
     if gold_read is None or answer_read is None:
         return UNPARSED
+    if isinstance(gold_read, (Interval, Union)) or isinstance(answer_read, (Interval, Union)):
+        gold_read, answer_read = as_set(gold_read), as_set(answer_read)
     equal = verify(gold_read, answer_read, timeout_seconds=None)
     return RIGHT if equal and near(gold_read, answer_read) and chain_holds(pair[1]) else WRONG
 
@@ -105,13 +108,11 @@ def check_gold(gold: str) -> int:
     """RIGHT if answers can be compared with this reference; WRONG if math-verify finds it unequal to itself.
 
     UNPARSED if math-verify holds it only as text: then an equal answer in another form would be wrong.
-    Letters and a few words, such as names, have no other form.
+    Up to four words alone, such as names, have no other form.
     """
     from math_verify import verify
 
     gold = normalise(gold)
-    if usable_as_text(gold):
-        return RIGHT
     value, _ = comparable(gold, gold)
     value_read = None if prose(value) else read(value)
     if value_read is None:
@@ -128,10 +129,21 @@ def chain_holds(text: str) -> bool:
     if len(sides) == 1 or len(sides) > CHAIN_SIDES:
         return len(sides) == 1
     numbers = [side for side in map(read, sides) if isinstance(side, Expr) and side.is_number]
-    if r"\approx" in text:
-        return all(near(number, numbers[-1], 0.05) for number in numbers)
+    if r"\approx" in text:  # of a \approx b nothing is known
+        return len(numbers) >= len(sides) - text.count("=") and all(
+            near(number, numbers[-1], 0.05) for number in numbers)
     return all(verify(numbers[-1], number, timeout_seconds=None) and near(numbers[-1], number)
                for number in numbers)
+
+
+def as_set(found):
+    """A condition, or several of which one holds, as a set: x < 1, x > 2 as (-oo, 1) ∪ (2, oo)."""
+    from sympy import And, FiniteSet, Ge, Gt, Le, Lt, Union
+
+    parts = found.args if isinstance(found, FiniteSet) else [found]
+    if all(isinstance(part, (And, Ge, Gt, Le, Lt)) for part in parts):
+        return Union(*[part.as_set() for part in parts])
+    return found
 
 
 def near(gold, answer, tolerance: float = NEAR) -> bool:

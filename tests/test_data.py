@@ -14,6 +14,7 @@ from common import Row
 from runtime.evaluation import summarise
 from runtime.files import Written, as_text, read_file
 from runtime.problems import fingerprint, read_demonstration, slice_names
+from runtime.reward import OwnReward
 from runtime.rows import Problem
 from runtime.verification import RIGHT, WRONG
 
@@ -341,6 +342,11 @@ def test_a_reward_of_ones_own(own, make_run, tiny_model, coin_data):
     assert seen == [(row.problem.row, text) for row, text in zip(rows, texts)]  # also those that were cut
     assert any(not run.codec.ended(row) for row in rows)
     assert {"problem", "answer"} <= seen[0][0].keys()
+
+
+def test_every_reference_can_be_used_with_a_reward_of_ones_own(own):
+    """Also those that math-verify leaves out: it is not asked."""
+    assert OwnReward(own("boxed")).check_golds(["no number {", "", "7"]) == [RIGHT] * 3
 
 
 def test_what_is_right_by_a_reward_of_ones_own(own, make_run, tiny_model, tmp_path, capsys):
