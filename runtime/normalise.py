@@ -49,6 +49,7 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in (  # one
     (r"\\(?:underline|boxed|mathbf|boldsymbol|bm|emph|[lL]arge|displaystyle)(?![a-zA-Z])", ""),  # \mathbf{5}
     (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|,\\!(?=\d)|\\!", ""),                          # \[5\]; $5$; 12,\!500
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\s", " "), (r"  +", " "),          # 12\,500; 5\quad
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),                                      # \dfrac{1}{2}
     (r"^\{([^{}]+)\}$", r"\1"),                                                   # {5}
     (r"^(?i:(?:the )?(?:final )?(?:answer|option)(?: is)?:? )", ""),              # The answer is 5
     # one name for each thing

@@ -13,13 +13,28 @@ AGAIN = 60.0       # seconds between lines on the same thing
 FILE_EVERY = 10.0  # seconds between updates of a bar that goes to a file
 
 
+class LateBar(tqdm):
+    """tqdm alone shows a bar before its delay is over if a line is written meanwhile, an error's too."""
+
+    def due(self) -> bool:
+        return time.time() >= getattr(self, "start_t", 0) + self.delay
+
+    def refresh(self, **options):
+        if self.due():
+            super().refresh(**options)
+
+    def clear(self, **options):
+        if self.due():
+            super().clear(**options)
+
+
 def bar(items=None, **options) -> tqdm:
     """A bar over the items, below the run's own bar, from PATIENCE seconds on; it goes away at its end.
 
     options: those of tqdm. vLLM takes this function as it is.
     """
     place = {} if sys.stderr.isatty() else {"position": 0, "mininterval": FILE_EVERY}  # a file has no cursor
-    return tqdm(items, **place, **options, delay=PATIENCE, leave=False)
+    return LateBar(items, **place, **options, delay=PATIENCE, leave=False)
 
 
 @contextlib.contextmanager
