@@ -164,7 +164,7 @@ def main():
         advantages = group_advantages(rewards, groups, args.std_normalise)
         for row, advantage in zip(rows, advantages.tolist()):
             row.advantage = advantage if row.is_demo else 2 * row.reward - 1  # of a rollout 1 or -1
-        run.score(rows)  # sets row.old_logp: log π_old by the trainer, before this step's updates
+        run.score(rows)  # for entropy and sampler_gap in the metrics: this loss has no ratio to π_old
         for minibatch in run.minibatches(rows):  # --updates of them, one optimiser step each
             tokens = sum(len(row.response) for row in minibatch)
             normaliser = len(minibatch) * args.max_response

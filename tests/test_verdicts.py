@@ -99,6 +99,7 @@ def test_limits_that_are_known(verifier):
     (r"n\pi, n \in \mathbb{Z}", r"k\pi"), ("C_5^2", r"\binom{5}{2}"), ("C_1^2 e^t", "C_1^2 e^t"), ("", ""),
     ("a·d∙e•f⋅g", r"a\cdot d\cdot e\cdot f\cdot g"), ("1–2—3‐4‑5‒6", "1-2-3-4-5-6"), ("1⁄2", "1/2"),
     ("1、2∶3", "1,2:3"), ("“5”", "5"), ("\u200b\u20605x\ufeff", "5x"), (r"\displaystyle 5", "5"), ("{5}", "5"),
+    (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\tfrac12", r"\frac12"),
     (r"1, \dots, n", r"1, \ldots , n"), ("7  1/3", r"7\frac{1}{3}"), ("√(x+1)", r"\sqrt{x+1}"), ("√{x}", r"\sqrt{x}"),
     ("\ud800", "\ud800"), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",) * 2,
 ))
