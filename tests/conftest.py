@@ -20,6 +20,7 @@ import transformers  # noqa: E402
 
 import common  # noqa: E402
 from common import Run  # noqa: E402
+from forked import run_forked  # noqa: E402
 from runtime import toy  # noqa: E402
 from runtime.verification import Verifier  # noqa: E402
 
@@ -182,17 +183,23 @@ def make_run(command_line):
 
 
 @pytest.fixture(scope="session")
-def one_verifier():
+def verifier():
+    """One for all tests, whose processes take seconds to start: it stays when a run closes it."""
     verifier = Verifier(workers=2)
-    close, verifier.close = verifier.close, lambda: None  # at the end of a run it stays, for the next one
+    close, verifier.close = verifier.close, lambda: None
     yield verifier
     close()
 
 
-@pytest.fixture
-def shared_verifier(one_verifier, monkeypatch):
-    """All runs of all tests that use this ask the same processes, which take seconds to start."""
-    monkeypatch.setattr(common, "Verifier", lambda *arguments: one_verifier)
+@pytest.fixture(autouse=True)
+def shared_verifier(request, monkeypatch):
+    """The runs in the tests' own process ask it, too, and each knows nothing from the others."""
+    def shared(workers, spread, bar):
+        verifier = request.getfixturevalue("verifier")
+        verifier.spread, verifier.bar, verifier.known = spread, bar, {}
+        return verifier
+
+    monkeypatch.setattr(common, "Verifier", shared)
 
 
 def command(script: Path | str, *flags: str, processes: int = 1) -> list[str]:
@@ -201,8 +208,20 @@ def command(script: Path | str, *flags: str, processes: int = 1) -> list[str]:
     return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / script), *flags]
 
 
+def environment() -> dict[str, str]:
+    """On one thread: others may be busy."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def run_script(script: Path | str, *flags: str, cwd: Path, seconds: float = 600, processes: int = 1):
-    """The command in the folder cwd, as a user runs it, but on one thread: others may be busy."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command(script, *flags, processes=processes), cwd=cwd, env=env, text=True,
+    """The command in the folder cwd, as a user runs it; the scripts of the repository do without their imports."""
+    if processes == 1 and script in [f"{name}.py" for name in SCRIPTS + MORE]:
+        with tempfile.TemporaryDirectory() as output:
+            return run_forked(str(ROOT / script), flags, cwd, environment(), Path(output), seconds)
+    return run_command(script, *flags, cwd=cwd, seconds=seconds, processes=processes)
+
+
+def run_command(script: Path | str, *flags: str, cwd: Path, seconds: float = 600, processes: int = 1):
+    """The same as the shell starts it, Python and all."""
+    return subprocess.run(command(script, *flags, processes=processes), cwd=cwd, env=environment(), text=True,
                           capture_output=True, timeout=seconds)

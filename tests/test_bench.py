@@ -41,6 +41,7 @@ def figures(tmp_path_factory) -> dict:
     return figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", FIGURES)
 def test_every_figure_is_there_finite_and_positive(figures, part):
     assert list(figures) == list(FIGURES)
@@ -55,6 +56,7 @@ def test_every_figure_is_there_finite_and_positive(figures, part):
                 assert 0 < number < math.inf, name
 
 
+@pytest.mark.slow
 def test_mfu_is_the_models_flops_over_the_measured_rate(figures):
     update = figures["update"]
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # queries and outputs, keys and values of one head, MLP
@@ -94,6 +96,7 @@ def test_what_warms_up_is_not_timed(monkeypatch):
     assert gpu.timed(work, 2) == [2.0, 3.0]
 
 
+@pytest.mark.slow
 def test_rollout_tokens_are_those_of_rollouts(figures):
     """Of two rows of a prompt one is a demonstration, so that two prompts have two rollouts."""
     phases = figures["phases"]

@@ -31,6 +31,7 @@ def test_ratios_are_of_ours_to_trl_within_a_pair():
     assert summary["ours"]["whole"] == 3.0 and summary["trl"]["whole"] == 4.0 and summary["pairs"] == 3
 
 
+@pytest.mark.slow
 def test_grpo_is_measured_and_its_prompts_are_handed_on_in_order(tiny_model, tmp_path):
     speed.python("-c", f"import speed; speed.run_ours({tiny_model!r}, 4)", folder=tmp_path)
     figures = json.loads((tmp_path / "ours.json").read_text())

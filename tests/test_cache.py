@@ -23,17 +23,17 @@ def codec():
 
 
 @pytest.fixture
-def start(codec, one_verifier, tmp_path, monkeypatch):
+def start(codec, verifier, tmp_path, monkeypatch):
     """Loads rows as a program that has just started does; returns its problems, and what math-verify was asked."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "WORTH_KEEPING", 1)
-    ask = one_verifier.ask
+    ask = verifier.ask
 
     def load(rows=ROWS):
         asked = set()
-        monkeypatch.setattr(one_verifier, "known", {})
-        monkeypatch.setattr(one_verifier, "ask", lambda *texts: asked.add(texts) or ask(*texts))
-        problems = load_problems("rows", rows, codec, one_verifier, 60)
+        monkeypatch.setattr(verifier, "known", {})
+        monkeypatch.setattr(verifier, "ask", lambda *texts: asked.add(texts) or ask(*texts))
+        problems = load_problems("rows", rows, codec, verifier, 60)
         return [(problem.index, problem.answer, problem.demonstration) for problem in problems], asked
 
     return load
@@ -128,16 +128,16 @@ def test_writers_at_the_same_time_leave_a_whole_file(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_depends_on_the_machine_is_little_or_is_anothers_is_not_kept(one_verifier, tmp_path, monkeypatch):
+def test_what_depends_on_the_machine_is_little_or_is_anothers_is_not_kept(verifier, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cache, "WORTH_KEEPING", 3)
     problems = [Problem(0, "", [], "1", "", "", {})]
     for before, new, kept in (
             ({}, (RIGHT, WRONG), ()), ({}, (RIGHT, WRONG, UNPARSED, TIMEOUT, CRASH, -6), (RIGHT, WRONG, UNPARSED)),
             ({b"9": RIGHT}, (), (RIGHT, WRONG, UNPARSED))):  # those of another data set
-        monkeypatch.setattr(one_verifier, "known", before)
-        with kept_verdicts("rows", problems, one_verifier):
-            one_verifier.known |= {bytes([number]): verdict for number, verdict in enumerate(new)}
+        monkeypatch.setattr(verifier, "known", before)
+        with kept_verdicts("rows", problems, verifier):
+            verifier.known |= {bytes([number]): verdict for number, verdict in enumerate(new)}
         assert (*read_verdicts(verdict_file(problems)).values(),) == kept
 
 

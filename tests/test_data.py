@@ -18,7 +18,6 @@ from runtime.reward import OwnReward
 from runtime.rows import Problem
 from runtime.verification import RIGHT, WRONG
 
-pytestmark = pytest.mark.usefixtures("shared_verifier")
 THOUGHT = "<think>\na=1\n</think>\n\\boxed{1}"
 ROWS = [{"problem": f"a={i};a?", "answer": "1", "demonstration": THOUGHT} for i in range(4)]
 
@@ -66,11 +65,11 @@ def test_a_number_as_text(number, text):
     assert as_text(number) == text
 
 
-def test_numbers_are_compared_as_such(one_verifier):
+def test_numbers_are_compared_as_such(verifier):
     """1e-7 is not e minus 7."""
     golds = [as_text(1e-7), as_text(1e-7), as_text(1e20), as_text(1e-7)]
     answers = ["10^{-7}", "0.0000001", "100000000000000000000", "e-7"]
-    assert one_verifier(golds, [f"</think>\\boxed{{{answer}}}" for answer in answers]) == [RIGHT, RIGHT, RIGHT, WRONG]
+    assert verifier(golds, [f"</think>\\boxed{{{answer}}}" for answer in answers]) == [RIGHT, RIGHT, RIGHT, WRONG]
 
 
 def test_an_integer_column_with_a_gap_stays_one_of_integers(make_run, tiny_model, tmp_path, capsys):

@@ -21,11 +21,12 @@ from runtime import policy, sampling
 from runtime.flags import out_of_memory
 from runtime.problems import load_problems, read_rows
 from runtime.rows import Codec
-from runtime.verification import RIGHT, Verifier
+from runtime.verification import RIGHT
 
 # ------------------------------------------------------------------------------------------ kill and resume
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_one_left_alone(tmp_path):
     """ReLIFT has the most state: a buffer, two optimisers, a set of used demonstrations."""
     command = [sys.executable, str(ROOT / "bench" / "kill.py"), "--scripts", "relift", "--kills", "3"]
@@ -291,13 +292,6 @@ GOLD = st.fixed_dictionaries({"ground_truth": ANYTHING})
 PLAIN = st.fixed_dictionaries({"problem": ANYTHING, "answer": ANYTHING}, optional={"demonstration": ANYTHING})
 CHAT = st.fixed_dictionaries({"prompt": ANYTHING | MESSAGES, "reward_model": ANYTHING | GOLD},
                              optional={"target": ANYTHING | MESSAGES, "data_source": ANYTHING})
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    verifier = Verifier(workers=2)
-    yield verifier
-    verifier.close()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

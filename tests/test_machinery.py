@@ -23,25 +23,6 @@ from runtime.verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def verifier():
-    """One for the runs of this file: to start another takes a second."""
-    verifier = Verifier(workers=1)
-    yield verifier
-    verifier.close()
-
-
-@pytest.fixture
-def quick_run(make_run, verifier, monkeypatch):
-    """make_run with this verifier, which outlives the run."""
-    def make(*flags: str):
-        monkeypatch.setattr(common, "Verifier", lambda *arguments: verifier)
-        run = make_run(*flags)
-        run.verifier = SimpleNamespace(judge=verifier.judge, close=lambda: None)
-        return run
-    return make
-
-
 # -------------------------------------------------------------------------------------------- the optimiser
 @pytest.fixture
 def make_policy(command_line, tiny_model):
@@ -179,8 +160,8 @@ def answer(run, problem: Problem, box: str) -> Row:
     return Row(problem, run.codec.encode(problem, f"<think>\n</think>\n{box}"))
 
 
-def test_rollouts_change_with_the_step_and_the_seed_alone(quick_run, coin_model, coin_data):
-    run = quick_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--temperature", "1.4")
+def test_rollouts_change_with_the_step_and_the_seed_alone(make_run, coin_model, coin_data):
+    run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--temperature", "1.4")
 
     def responses(step: int, seed: int) -> list:
         run.step, run.args.seed = step, seed
@@ -199,9 +180,9 @@ def test_rollouts_change_with_the_step_and_the_seed_alone(quick_run, coin_model,
     assert run.record.sums["response/length"] == [sum(len(row.response) for row in rows), 3]
 
 
-def test_problems_of_a_batch_that_is_asked_for(quick_run, coin_model, coin_data):
+def test_problems_of_a_batch_that_is_asked_for(make_run, coin_model, coin_data):
     """TOPR's sets are numbered by themselves."""
-    run = quick_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL)
+    run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL)
     batches = []
     for run.step in (1, 2, 3):
         batches.append(run.next_problems())
@@ -219,9 +200,9 @@ def test_problems_of_a_batch_that_is_asked_for(quick_run, coin_model, coin_data)
         assert all(indices.count(problem.index) == 2 for problem in batches[0])
 
 
-def test_rewards_groups_and_verdicts_are_counted(quick_run, coin_model, coin_data, verifier, monkeypatch):
+def test_rewards_groups_and_verdicts_are_counted(make_run, coin_model, coin_data, verifier, monkeypatch):
     """Three groups; the demonstrations, all right, stand in a group that is all wrong and in one that is mixed."""
-    run = quick_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL)
+    run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL)
     boxes = {"1": RIGHT, "2": WRONG, "3": UNPARSED, "4": TIMEOUT, "5": -6}
     monkeypatch.setattr(verifier, "decide", lambda questions: [boxes[box] for _, box in questions])
     right, wrong, mixed = run.train[:3]
@@ -265,9 +246,9 @@ def plain(run, row: Row, temperature: float) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.fixture
-def watched(quick_run, tiny_model, coin_data):
+def watched(make_run, tiny_model, coin_data):
     """A run at a temperature of its own, rows of four lengths, and what the model is called with."""
-    run = quick_run("luffy", "--model", tiny_model, "--data", coin_data, *SMALL, "--temperature", "0.7",
+    run = make_run("luffy", "--model", tiny_model, "--data", coin_data, *SMALL, "--temperature", "0.7",
                    "--micro_tokens", "80", "--max_grad_norm", "0.01", "--updates", "2")
     rows = [answer(run, problem, "a=1\n" * number) for number, problem in enumerate(run.train[:4])]
     for row in rows:
@@ -413,8 +394,9 @@ def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
     assert logged == [False, False, True, False, True]  # what a checkpoint keeps has its step in it
     assert len(engine.current) > 10 and all(engine.current)
 
+    run.verifier = Verifier(workers=1)
     run.end()
-    assert run.verifier.idle.empty()  # its processes have ended
+    assert run.verifier.idle.empty()  # its process has ended
     assert (run.record.folder / "model").exists()
     lines = read_jsonl(run.record.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(6))
@@ -437,11 +419,11 @@ def test_the_steps_of_a_run(make_run, coin_model, tmp_path, capsys):
     assert "the sampler is stale" in capsys.readouterr().err
 
 
-def test_a_hand_over_that_does_not_arrive_is_seen_in_the_smallest_step_and_loses_none(quick_run, coin_model, coin_data,
+def test_a_hand_over_that_does_not_arrive_is_seen_in_the_smallest_step_and_loses_none(make_run, coin_model, coin_data,
                                                                                       capsys):
     flags = ("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--steps", "5", "--name", "x",
              "--save_every", "0", "--eval_every", "2")
-    run = quick_run(*flags)
+    run = make_run(*flags)
     run.sampler.engine = OtherEngine(run.sampler.engine, run.policy, coin_model)
     weight = run.policy.model.model.layers[1].mlp.down_proj.weight
     with pytest.raises(SystemExit) as end:
@@ -454,13 +436,13 @@ def test_a_hand_over_that_does_not_arrive_is_seen_in_the_smallest_step_and_loses
     assert end.value.code == 2 and run.step == 2
     assert "the sampler is stale: after step 2's hand-over its model.layers.1.mlp.down_proj.weight is not" in error
     assert [list(line) == ["step"] for line in read_jsonl(run.record.folder / "metrics.jsonl")] == [False, True, True]
-    resumed = quick_run(*flags, "--resume")
+    resumed = make_run(*flags, "--resume")
     assert resumed.step == 2
     assert torch.equal(resumed.policy.model.model.layers[1].mlp.down_proj.weight, weight)
 
 
-def test_without_save_every_the_only_checkpoint_is_the_last(quick_run, coin_model, coin_data):
-    run = quick_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--steps", "3", "--save_every", "0")
+def test_without_save_every_the_only_checkpoint_is_the_last(make_run, coin_model, coin_data):
+    run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--steps", "3", "--save_every", "0")
     saved = []
     for _ in run.steps():
         run.end_step()
@@ -468,9 +450,9 @@ def test_without_save_every_the_only_checkpoint_is_the_last(quick_run, coin_mode
     assert saved == [False, False, True]
 
 
-def test_an_evaluation_has_flags_of_its_own(quick_run, coin_model, tmp_path):
+def test_an_evaluation_has_flags_of_its_own(make_run, coin_model, tmp_path):
     held_out = write_jsonl(tmp_path / "held.jsonl", [{"problem": "a=1;a?", "answer": "1"}])
-    run = quick_run("grpo", "--model", coin_model, "--data", held_out, "--eval_data", f"{held_out}@16", *SMALL,
+    run = make_run("grpo", "--model", coin_model, "--data", held_out, "--eval_data", f"{held_out}@16", *SMALL,
                    "--eval_temperature", "1", "--eval_response", "6")
     run.args.temperature = 1e-4
     path = run.record.folder / "answers.jsonl"
@@ -497,18 +479,18 @@ def test_an_evaluation_has_flags_of_its_own(quick_run, coin_model, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- resuming
-def test_a_resumed_run_has_all_of_its_state(quick_run, tiny_model, tmp_path):
+def test_a_resumed_run_has_all_of_its_state(make_run, tiny_model, tmp_path):
     texts = [f"<think>\na={i}\n</think>\n\\boxed{{{i}}}" for i in range(7)]
     rows = [{"problem": f"a={i};a?", "answer": str(i), "demonstration": text} for i, text in enumerate(texts)]
     flags = ("chord", "--model", tiny_model, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), *SMALL,
              "--name", "x")
-    run = quick_run(*flags)
+    run = make_run(*flags)
     assert len(run.demonstrations.next(3)) == 3
     add_gradient(run.policy.model, 0)
     run.optimizer_step([])
     run.step, run.skipped = 2, 2
     run.save()
-    again = quick_run(*flags, "--resume")
+    again = make_run(*flags, "--resume")
     assert (again.step, again.skipped, again.policy.updates) == (2, 2, 1)
     for one in (run, again):
         add_gradient(one.policy.model, 1)

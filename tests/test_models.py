@@ -12,7 +12,6 @@ from common import Row
 from runtime import toy
 from runtime.rows import Codec, Problem, collate
 
-pytestmark = pytest.mark.usefixtures("shared_verifier")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 GEMMA = ("{{ '<s>' }}{% for m in messages %}"

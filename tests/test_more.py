@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import MORE, ROOT, SCRIPTS, SMALL, load, read_jsonl, write_jsonl
+from conftest import MORE, ROOT, SCRIPTS, SMALL, load, read_jsonl, run_script, write_jsonl
 from test_scripts import changed_lines
 
 from runtime import memory
@@ -63,23 +63,19 @@ def test_memory_is_estimated_for_as_many_optimisers_as_it_has(script):
 
 
 # --------------------------------------------------------------------------------------------------- runs
-def start(*command: str, cwd) -> subprocess.CompletedProcess:
-    """Python as a user starts it, where nothing says where this repository is."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=env, text=True, capture_output=True, timeout=600)
-
-
 @each_script
 def test_it_starts_as_a_module_too(script):
-    process = start("-m", script.replace("/", "."), "--help", cwd=ROOT)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run([sys.executable, "-m", script.replace("/", "."), "--help"], cwd=ROOT, env=env,
+                             text=True, capture_output=True)
     assert process.returncode == 0, process.stderr
     assert "\nthis method:\n" in process.stdout
 
 
 @each_script
 def test_two_steps_in_an_empty_folder(script, tiny_model, tmp_path):
-    process = start(
-        str(ROOT / f"{script}.py"), "--model", tiny_model, "--data", "toy", "--eval_data", "toy", "--steps", "2",
+    process = run_script(
+        f"{script}.py", "--model", tiny_model, "--data", "toy", "--eval_data", "toy", "--steps", "2",
         "--prompts", "4", "--n", "4", "--eval_response", "16", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
@@ -106,7 +102,7 @@ def demonstrated_coins(tmp_path) -> str:
 
 @each_script
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_and_micro_batches_change_nothing(
-        script, coin_model, demonstrated_coins, command_line, shared_verifier, tmp_path):
+        script, coin_model, demonstrated_coins, command_line, tmp_path):
     def run(name: str, *flags: str) -> list[dict]:
         command_line(script, "--model", coin_model, "--data", demonstrated_coins, *SMALL, "--name", name, *flags).main()
         return [{key: value for key, value in line.items() if not key.startswith("seconds/")}

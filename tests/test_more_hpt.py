@@ -145,7 +145,7 @@ def train(command_line, tmp_path, script: str, *flags: str):
     return load(str(tmp_path / "runs" / name / "model"), torch.float32)[0].state_dict(), metrics
 
 
-def test_a_gate_of_minus_1_is_grpo_to_the_bit(coin_model, coins, command_line, shared_verifier, tmp_path):
+def test_a_gate_of_minus_1_is_grpo_to_the_bit(coin_model, coins, command_line, tmp_path):
     flags = "--model", coin_model, "--data", coins, "--entropy_bonus", "0.001"
     weights, logs = train(command_line, tmp_path, "grpo", *flags)
     ours, our_logs = train(command_line, tmp_path, "more/hpt", *flags, "--gate", "-1", "--clip")
@@ -155,7 +155,7 @@ def test_a_gate_of_minus_1_is_grpo_to_the_bit(coin_model, coins, command_line, s
     assert 0 < logs[1]["reward"] < 1 and logs[1]["gradient_norm"] > 0 and our_logs[1]["hpt/imitated"] == 0
 
 
-def test_a_gate_of_n_is_fine_tuning(coin_model, coins, command_line, shared_verifier, tmp_path):
+def test_a_gate_of_n_is_fine_tuning(coin_model, coins, command_line, tmp_path):
     flags = "--model", coin_model, "--data", coins, "--prompts", "22", "--steps", "1", "--lr", "0"
     _, logs = train(command_line, tmp_path, "more/hpt", *flags, "--gate", "4", "--sft_weight", "0.3")
     line = logs[1]
@@ -165,7 +165,7 @@ def test_a_gate_of_n_is_fine_tuning(coin_model, coins, command_line, shared_veri
     assert line["token_loss/demonstrations"] > 0 and line["sampler_gap"] < 1e-5  # rollouts are scored before they go
 
 
-def test_the_loss_of_a_step_is_divided_by_its_rows(coin_model, coins, command_line, shared_verifier, tmp_path):
+def test_the_loss_of_a_step_is_divided_by_its_rows(coin_model, coins, command_line, tmp_path):
     """Every prompt is imitated: the loss is c / (B L) times the sum of -log π over the demonstrations' tokens."""
     rows = [row for number, row in enumerate(read_jsonl(tmp_path / "coins.jsonl")) if number not in (5, 8)]
     data = write_jsonl(tmp_path / "whole.jsonl", rows)

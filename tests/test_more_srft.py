@@ -117,7 +117,7 @@ def test_constant_weights_are_those_at_an_entropy_of_0():
 
 
 # ------------------------------------------------------------------------------------------------ in a run
-def test_every_row_of_a_run_is_in_the_update(coin_model, command_line, shared_verifier, tmp_path, monkeypatch):
+def test_every_row_of_a_run_is_in_the_update(coin_model, command_line, tmp_path, monkeypatch):
     """Also demonstrations of A = 0, of groups that are all right; a prompt without one has n rollouts."""
     texts = [f"<think>\n</think>\n\\boxed{{{i % 2}}}" for i in range(24)]
     rows = [{"problem": f"a={i:02d};a?", "answer": str(i % 2), "demonstration": text if i else None}

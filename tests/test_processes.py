@@ -151,7 +151,7 @@ def exact(tmp_path_factory, coin_model):
 
 @pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.parametrize("script", METHODS)
-@pytest.mark.processes
+@pytest.mark.slow
 def test_several_processes_give_the_samples_gradients_and_weights_of_one(exact, script, world):
     alone, shared = exact(1) / f"{script}-1", exact(world) / f"{script}-{world}"
     for name in ("samples.jsonl", "answers.jsonl"):
@@ -169,7 +169,7 @@ def test_several_processes_give_the_samples_gradients_and_weights_of_one(exact, 
 
 # -------------------------------------------------------------------------------------------- as users start it
 @pytest.mark.parametrize("script", METHODS)
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_as_a_user_starts_them(script, coin_model, demonstrated_data, tmp_path):
     process = run_script(f"{script}.py", "--model", coin_model, "--data", demonstrated_data, *SMALL, "--name", "x",
                          *EXTRA.get(script, []), cwd=tmp_path, processes=2)
@@ -246,7 +246,7 @@ def broken(tmp_path, coin_model, demonstrated_data):
     return run, flags
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_run_goes_on_on_two_or_on_one(broken, tmp_path):
     run, (script, *flags) = broken
     process, seconds = run("kill")
@@ -279,7 +279,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_on_two_or_on_one(broken, 
 @pytest.mark.parametrize("what, said", (
     ("fail", "relift.py: error: only on this process"),
     ("raise", "ended by the system: [Errno 28] No space left on device; --resume goes on")))
-@pytest.mark.processes
+@pytest.mark.slow
 def test_an_error_on_one_process_ends_all_with_its_message(broken, what, said):
     process, seconds = broken[0](what)
     assert process.returncode != 0 and seconds < 20
@@ -290,7 +290,7 @@ def test_an_error_on_one_process_ends_all_with_its_message(broken, what, said):
 
 
 @pytest.mark.parametrize("what", ("ctrl-c torchrun", "tell one"))
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_signal_ends_all_after_the_step_with_one_checkpoint(broken, what, tmp_path):
     run, _ = broken
     process, _ = run(what, "--save_every", "0")
@@ -310,7 +310,7 @@ def test_a_signal_ends_all_after_the_step_with_one_checkpoint(broken, what, tmp_
 # ------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("flags, said", (
     (["--steps", "0"], "--steps is 0"), (["--prompts", "1"], "--prompts 1"), (["--model", "missing"], "missing")))
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_mistake_on_all_processes_is_said_once(flags, said, coin_model, coin_data, tmp_path):
     process = run_script("grpo.py", "--model", coin_model, "--data", coin_data, *SMALL, *flags, cwd=tmp_path,
                          processes=2)

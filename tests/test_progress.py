@@ -74,10 +74,8 @@ def test_a_line_says_what_takes_time_and_says_it_again(impatient, capsys):
     assert all(line.startswith("reading a book ... (") for line in lines)
 
 
-def test_every_part_of_a_run_is_shown(command_line, shared_verifier, one_verifier, coin_model, tmp_path, monkeypatch,
-                                      capsys):
+def test_every_part_of_a_run_is_shown(command_line, coin_model, tmp_path, monkeypatch, capsys):
     """Without any patience; with it, none of them is."""
-    monkeypatch.setattr(one_verifier, "bar", progress.bar)
     rows = [{"problem": f"a={i};a?", "answer": str(i % 2), "demonstration": f"<think>\n</think>\n\\boxed{{{i + 2}}}"}
             for i in range(12)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -87,14 +85,12 @@ def test_every_part_of_a_run_is_shown(command_line, shared_verifier, one_verifie
     for patience in (60.0, 0.0):
         for name in ("PATIENCE", "FILE_EVERY"):
             monkeypatch.setattr(progress, name, patience)
-        monkeypatch.setattr(one_verifier, "known", {})
         command_line("grpo", "--model", coin_model, "--data", data, "--eval_data", data, *SMALL, "--steps", "1").main()
         shown = capsys.readouterr().err
         assert [part for part in parts if part in shown] == ([] if patience else list(parts))
 
 
-def test_downloads_have_their_bars_and_transformers_has_none(shared_verifier, make_run, coin_model, coin_data,
-                                                             monkeypatch):
+def test_downloads_have_their_bars_and_transformers_has_none(make_run, coin_model, coin_data, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     huggingface_hub.utils.enable_progress_bars()
     try:
@@ -164,7 +160,7 @@ def test_the_example_of_a_diagnosis_is_true():
     ("grpo", "1", "", 0), ("grpo", "7", "", 2), ("grpo", "7", "7", 2), ("luffy", "7", "7", 0), ("relift", "7", "7", 0),
     ("chord", "7", "7", 0), ("luffy", "7", "", 2)))
 def test_a_run_says_it_once_and_only_where_nothing_can_be_learnt(
-        script, answer, demonstration, said, command_line, shared_verifier, coin_model, tmp_path, capsys):
+        script, answer, demonstration, said, command_line, coin_model, tmp_path, capsys):
     """The coin model answers 0 or 1."""
     demonstration = demonstration and f"<think>\n</think>\n\\boxed{{{demonstration}}}"
     rows = [{"problem": f"a={i};a?", "answer": answer, "demonstration": demonstration} for i in range(12)]

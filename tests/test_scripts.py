@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MORE, ROOT, SCRIPTS, SMALL, load, read_jsonl, run_script, write_jsonl
+from conftest import MORE, ROOT, SCRIPTS, SMALL, load, read_jsonl, run_command, run_script, write_jsonl
 
 import common
 
@@ -198,7 +198,7 @@ def test_a_group_of_one_is_refused(script, tiny_model, command_line, tmp_path, c
 @pytest.mark.parametrize("mistake", ("missing column", "missing model"))
 def test_a_mistake_as_the_shell_sees_it(mistake, tiny_model, tmp_path):
     flags, named = MISTAKES[mistake]
-    process = run_script("luffy.py", *flags_of(flags, tmp_path, tiny_model), cwd=tmp_path)
+    process = run_command("luffy.py", *flags_of(flags, tmp_path, tiny_model), cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr.startswith("luffy.py: error: ")
     assert process.stderr.count("\n") == 1, process.stderr

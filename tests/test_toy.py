@@ -142,11 +142,9 @@ def test_demonstrations_are_right_line_by_line():
         assert demonstration(row).endswith(f"</think>\n\\boxed{{{known[-1]:02d}}}")
 
 
-def test_demonstrations_verify():
-    verifier = verification.Verifier()
+def test_demonstrations_verify(verifier):
     golds = [row["reward_model"]["ground_truth"] for row in ROWS[::10]]
     verdicts = verifier(golds, [demonstration(row) for row in ROWS[::10]])
-    verifier.close()
     assert set(verdicts) == {verification.RIGHT}
 
 

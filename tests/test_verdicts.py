@@ -15,7 +15,7 @@ from runtime import toy
 from runtime.normalise import comparable, normalise, same
 from runtime.problems import load_problems
 from runtime.rows import Codec
-from runtime.verification import RIGHT, UNPARSED, WRONG, Verifier
+from runtime.verification import RIGHT, UNPARSED, WRONG
 
 PAIRS = [json.loads(line) for line in (TESTS / "verdicts.jsonl").read_text().splitlines()]
 KINDS = list(dict.fromkeys(pair["kind"] for pair in PAIRS))
@@ -23,13 +23,6 @@ KINDS = list(dict.fromkeys(pair["kind"] for pair in PAIRS))
 
 def boxes(answers) -> list[str]:
     return [f"<think>\nwell\n</think>\n\\boxed{{{answer}}}" for answer in answers]
-
-
-@pytest.fixture(scope="module")
-def verifier():
-    verifier = Verifier(workers=2)
-    yield verifier
-    verifier.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

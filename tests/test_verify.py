@@ -109,17 +109,17 @@ def test_a_thousand_ordinary_answers_take_seconds(verifier):
 
 # ------------------------------------------------------------------------------------------- asked once
 @pytest.fixture
-def counted(one_verifier, monkeypatch):
+def counted(verifier, monkeypatch):
     """A verifier that knows nothing yet, and the list of what its processes are asked."""
-    asked, ask = [], one_verifier.ask
+    asked, ask = [], verifier.ask
 
     def counting_ask(*texts):
         asked.append(texts)
         return ask(*texts)
 
-    monkeypatch.setattr(one_verifier, "known", {})
-    monkeypatch.setattr(one_verifier, "ask", counting_ask)
-    return one_verifier, asked
+    monkeypatch.setattr(verifier, "known", {})
+    monkeypatch.setattr(verifier, "ask", counting_ask)
+    return verifier, asked
 
 
 def test_nothing_is_asked_twice_in_a_run(counted):
