@@ -67,12 +67,20 @@ def test_any_balanced_answer_comes_out_whole(answer, after):
 
 
 # ------------------------------------------------------------------------------------- ordinary answers
+@pytest.fixture(scope="module")
+def impatient():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "ANSWER_SECONDS", 1.0)
+        verifier = verification.Verifier(workers=2)
+        yield verifier
+        verifier.close()
+
+
 @pytest.fixture
-def verifier(monkeypatch):
-    monkeypatch.setattr(verification, "ANSWER_SECONDS", 1.0)
-    verifier = verification.Verifier(workers=2)
-    yield verifier
-    verifier.close()
+def verifier(impatient, monkeypatch):
+    """One that gives up after a second, and knows nothing yet."""
+    monkeypatch.setattr(impatient, "known", {})
+    return impatient
 
 
 def test_ordinary_answers(verifier):
@@ -110,14 +118,13 @@ def test_a_thousand_ordinary_answers_take_seconds(verifier):
 # ------------------------------------------------------------------------------------------- asked once
 @pytest.fixture
 def counted(verifier, monkeypatch):
-    """A verifier that knows nothing yet, and the list of what its processes are asked."""
+    """The verifier, and the list of what its processes are asked."""
     asked, ask = [], verifier.ask
 
     def counting_ask(*texts):
         asked.append(texts)
         return ask(*texts)
 
-    monkeypatch.setattr(verifier, "known", {})
     monkeypatch.setattr(verifier, "ask", counting_ask)
     return verifier, asked
 
