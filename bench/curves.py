@@ -6,6 +6,8 @@
     python bench/curves.py --q 0.01 --only LUFFY "LUFFY, no shaping"
     python bench/curves.py --draw                # the figure again, from bench/results/curves.jsonl
     python bench/curves.py --pages               # figures and tables of the methods' pages in docs/, from there too
+    python bench/curves.py --field               # those of more/, with four of the five: bench/results/field.*
+    python bench/curves.py --field --draw        # figure and table in more/README.md again, from field.jsonl
 
 One line of curves.jsonl is one evaluation: method, q and seed of the base model, seed of the run, step,
 seconds of training until then (evaluation not counted), accuracy per slice, entropy and response length.
@@ -23,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "curves.jsonl"
+FIELD_RESULTS = RESULTS.with_name("field.jsonl")
 KEPT = ("accuracy/easy", "accuracy/hard", "accuracy/ood", "entropy", "response/length")
 METHODS = {  # name: script, flags, colour
     "GRPO": ("grpo", [], "black"),
@@ -37,7 +40,10 @@ METHODS = {  # name: script, flags, colour
     "TOPR, tis": ("topr", ["--weights", "tis"], "tab:orange"),
     "TOPR, ppo": ("topr", ["--weights", "ppo"], "tab:blue"),
     "TOPR, reinforce": ("topr", ["--weights", "reinforce"], "black"),
+    "HPT": ("more/hpt", [], "tab:brown"),
+    "SRFT": ("more/srft", [], "tab:olive"),
 }
+FIELD = ("GRPO", "LUFFY", "CHORD-mu", "ReLIFT", *[name for name in METHODS if METHODS[name][0].startswith("more/")])
 PAGES = {  # page in docs/: methods on it, and the slice at which they are told apart
     "grpo": (("GRPO", "LUFFY", "CHORD-mu", "ReLIFT"), "hard"),
     "luffy": (("LUFFY", "LUFFY, no shaping", "GRPO", "SFT"), "hard"),
@@ -45,6 +51,10 @@ PAGES = {  # page in docs/: methods on it, and the slice at which they are told 
     "relift": (("ReLIFT", "LUFFY", "SFT", "GRPO"), "hard"),
     "topr": (("TOPR", "TOPR, tis", "TOPR, ppo", "TOPR, reinforce"), "easy"),
 }
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in open(path)]
 
 
 def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[dict]:
@@ -72,9 +82,10 @@ def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[
     return evaluations
 
 
-def draw_method(axis, lines: list[dict], method: str, metric: str, against: str = "step"):
+def draw_method(axis, lines: list[dict], method: str, metric: str, against: str = "step", label: str = "",
+                colour: str = "", style: str = ""):
     """The mean over the method's runs, and the range between the lowest and the highest."""
-    points, colour = defaultdict(list), METHODS[method][2]
+    points, colour = defaultdict(list), colour or METHODS[method][2]
     for line in lines:
         if line["method"] == method and metric in line:
             points[line["step"]].append(line)
@@ -82,8 +93,8 @@ def draw_method(axis, lines: list[dict], method: str, metric: str, against: str 
         return
     x = [statistics.mean(line[against] for line in points[step]) for step in sorted(points)]
     values = [[line[metric] for line in points[step]] for step in sorted(points)]
-    style = "--" if method == "TOPR, tis" else "-"  # it lies on TOPR's line
-    axis.plot(x, [statistics.mean(v) for v in values], style, color=colour, label=method)
+    style = style or ("--" if method == "TOPR, tis" else "-")  # it lies on TOPR's line
+    axis.plot(x, [statistics.mean(v) for v in values], style, color=colour, label=label or method)
     axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0)
 
 
@@ -139,9 +150,8 @@ def draw_page(evaluations: list[dict], page: str, path: Path):
     plt.close(figure)
 
 
-def page_table(evaluations: list[dict], page: str) -> str:
-    """Markdown: where the runs of a page's methods end, when they get there, and the time of a step."""
-    methods, part = PAGES[page]
+def make_table(evaluations: list[dict], methods: tuple[str, ...], part: str) -> str:
+    """Markdown: where the methods' runs end, when they get half of a slice right, and the time of a step."""
     runs = defaultdict(lambda: defaultdict(list))  # method: {(base_seed, seed): evaluations}
     for line in evaluations:
         if line["q"] == 0.02:
@@ -168,40 +178,83 @@ def page_table(evaluations: list[dict], page: str) -> str:
     return "\n".join(table)
 
 
+def insert_table(path: Path, table: str):
+    """Puts it between the lines <!-- table --> and <!-- end -->."""
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- end -->\n")
+    path.write_text(f"{before}<!-- table -->\n{table}\n<!-- end -->\n{after}", encoding="utf-8")
+
+
 def write_pages(evaluations: list[dict]):
-    """Draws the pages' figures, and puts their tables between the lines <!-- table --> and <!-- end -->."""
-    for page in PAGES:
+    """Draws the figures of the methods' pages, and writes their tables."""
+    for page, (methods, part) in PAGES.items():
         draw_page(evaluations, page, RESULTS.parent / f"{page}.png")
-        path = ROOT / "docs" / f"{page}.md"
-        before, _, rest = path.read_text(encoding="utf-8").partition("<!-- table -->\n")
-        _, _, after = rest.partition("<!-- end -->\n")
-        table = page_table(evaluations, page)
-        path.write_text(f"{before}<!-- table -->\n{table}\n<!-- end -->\n{after}", encoding="utf-8")
+        insert_table(ROOT / "docs" / f"{page}.md", make_table(evaluations, methods, part))
+
+
+def draw_field(evaluations: list[dict], path: Path):
+    """A panel for each method of more/, with hard problems under GRPO and LUFFY behind it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [method for method in FIELD if METHODS[method][0].startswith("more/")]
+    rows = -(-len(shown) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(13, 2.9 * rows), layout="constrained", sharex=True, sharey=True,
+                                squeeze=False)
+    for axis in axes.flat[len(shown):]:
+        axis.set_visible(False)
+    for axis, method in zip(axes.flat, shown):
+        for other, style in (("GRPO", ":"), ("LUFFY", "--")):
+            draw_method(axis, evaluations, other, "accuracy/hard", label=f"hard, {other}", colour="grey", style=style)
+        for part, colour in (("easy", "tab:blue"), ("hard", "tab:red"), ("ood", "tab:orange")):
+            draw_method(axis, evaluations, method, f"accuracy/{part}", label=part, colour=colour)
+        axis.set_title(method, fontsize=11)
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.2)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy")
+    figure.supxlabel("step", fontsize=10)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def write_field(evaluations: list[dict]):
+    draw_field(evaluations, FIELD_RESULTS.with_suffix(".png"))
+    insert_table(ROOT / "more" / "README.md", make_table(evaluations, FIELD, "hard"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), help="default: all, or all of the field")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the runs on each base")
-    parser.add_argument("--base_seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the base model")
+    parser.add_argument("--base_seeds", nargs="+", type=int, help="seeds of the base model; default: 0 1 2, "
+                                                                  "with --field 0 1")
     parser.add_argument("--q", type=float, default=0.02, help="probability of a door, see toy.py")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
     parser.add_argument("--draw", action="store_true", help="only draw")
     parser.add_argument("--pages", action="store_true", help="only the methods' pages in docs/")
+    parser.add_argument("--field", action="store_true", help="the methods of more/")
     args = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
+    results = FIELD_RESULTS if args.field else RESULTS
+    methods = args.only or (FIELD if args.field else [name for name in METHODS if "/" not in METHODS[name][0]])
     if args.pages:
-        return write_pages([json.loads(line) for line in open(RESULTS)])
+        return write_pages(read(RESULTS))
     if not args.draw:
         sys.path.insert(0, str(ROOT))
         from runtime import toy
+        base_seeds = args.base_seeds or ([0, 1] if args.field else [0, 1, 2])
         jobs = [(method, args.q, base_seed, seed, toy.base_model(args.q, base_seed))
-                for base_seed in args.base_seeds for seed in args.seeds for method in args.only]
+                for method in methods for base_seed in base_seeds for seed in args.seeds]
         with ThreadPoolExecutor(args.jobs) as pool:
             for evaluations in pool.map(lambda job: train(*job), jobs):
-                with open(RESULTS, "a") as file:
+                with open(results, "a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in evaluations)
-    draw([json.loads(line) for line in open(RESULTS)], RESULTS.with_suffix(".png"))
+    if args.field:
+        write_field(read(results))
+    else:
+        draw(read(results), RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_bfloat16_weights_lose_the_update():
 def test_the_table_of_a_methods_page_is_that_of_the_measured_curves(name):
     lines = [json.loads(line) for line in curves.RESULTS.read_text().splitlines()]
     page = (ROOT / "docs" / f"{name}.md").read_text()
-    assert f"<!-- table -->\n{curves.page_table(lines, name)}\n<!-- end -->\n" in page
+    assert f"<!-- table -->\n{curves.make_table(lines, *curves.PAGES[name])}\n<!-- end -->\n" in page
     assert len(page.splitlines()) < 60
 
 
@@ -159,7 +159,7 @@ def test_the_table_of_a_methods_page_says_when_and_how_fast():
 
     lines = runs("GRPO", 1, 0, 0.2, 0.5) + runs("LUFFY", 2, 0, 0.4, 0.6) + runs("SFT", 0.5, 0, 0.7, 0.4)
     lines += runs("LUFFY, no shaping", 3, 0, 0.8, 0.9)
-    rows = curves.page_table(lines, "luffy").splitlines()[2:]
+    rows = curves.make_table(lines, *curves.PAGES["luffy"]).splitlines()[2:]
     assert rows == ["| LUFFY | 1.00-1.00 | 0.60-0.60 | 0.00-0.00 | 10 | 2.00-2.00 |",
                     "| LUFFY, no shaping | 1.00-1.00 | 0.90-0.90 | 0.00-0.00 | 5 | 3.00-3.00 |",
                     "| GRPO | 1.00-1.00 | 0.50-0.50 | 0.00-0.00 | 1 never | 1 |",
