@@ -12,6 +12,7 @@ from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
 from more.hpt import hpt_loss
+from more.rl_plus import rl_plus_loss
 from more.srft import srft_loss
 from relift import hardest, rl_loss, sft_loss, take_from_buffer
 from topr import pick, topr_loss
@@ -35,6 +36,7 @@ for module in [importlib.import_module(script.replace("/", ".")) for script in M
                if name.endswith("_loss") and function.__module__ == module.__name__}
 LOSSES |= {  # their other settings
     "hpt clipped": (hpt_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
+    "rl_plus clipped": (rl_plus_loss, {"gamma": 0, "uniform": 0.02, "clip_low": 0.2, "clip_high": 0.28}),
     "srft constant": (srft_loss, {"gamma": None, "constant_weights": True}),
 }
 IMITATE = (chord_loss, hpt_loss, srft_loss)  # whose demonstrations have a gradient at A = 0
