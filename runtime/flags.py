@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+TOYS = ("toy", "toy:easy", "toy:teachers")  # of --data: all of it, its easy problems, two demonstrations each
 GROUPS = {  # of --help; every flag stands in one, a method's own in the last
     "model and data": "model data eval_data reward system prompt_end max_prompt rope_theta max_positions",
     "batch": "steps prompts n updates max_response mask_cut",
@@ -217,7 +218,7 @@ def read(cls, doc: str) -> Args:
     given = vars(parser.parse_args())
     args = cls(**given)
     sources = {args.model, args.data, *(args.eval_data or "").replace("@", ",").split(",")}
-    is_toy = not sources.isdisjoint({"toy", "toy:easy"})
+    is_toy = not sources.isdisjoint(TOYS)
     for f in fields(cls):
         if getattr(args, f.name) is None:
             setattr(args, f.name, f.metadata["toy" if is_toy else "real"])

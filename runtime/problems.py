@@ -2,7 +2,7 @@
 import hashlib
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ import jinja2
 
 from runtime.cache import kept_verdicts
 from runtime.files import READERS, as_text, load_dataset, read_file
-from runtime.flags import Args, check, fail
+from runtime.flags import TOYS, Args, check, fail
 from runtime.progress import bar, waiting
 from runtime.rows import Codec, Problem
 from runtime.verification import RIGHT, UNPARSED
@@ -22,9 +22,10 @@ SYSTEM = ("Think step by step before you answer. Write your thinking between <th
 
 def read_rows(source: str, held_out: bool = False) -> list[dict]:
     """The rows of the toy, of a Hub dataset (held-out ones of its split `test`) or of a local file."""
-    if source in ("toy", "toy:easy"):
+    if source in TOYS:
         from runtime import toy
-        return [row for row in toy.make_rows()[held_out] if source == "toy" or row["data_source"] == "easy"]
+        rows = toy.make_rows(teachers=source == "toy:teachers")[held_out]
+        return [row for row in rows if source != "toy:easy" or row["data_source"] == "easy"]
     path = Path(source)
     if path.suffix in READERS and not path.is_file():
         fail(f"{source}: no such file")
@@ -71,19 +72,21 @@ def read_demonstration(value) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def read_problem(row: dict, system: str) -> tuple[list[dict], str, str | None]:
-    """(chat messages, answer, demonstration) of a row in either schema; ValueError: why not.
+def read_problem(row: dict, system: str) -> tuple[list[dict], str, list[str | None]]:
+    """(chat messages, answer, demonstrations) of a row in either schema; ValueError: why not.
 
-    Without a system message, not even the row's own, if `system` is empty. The demonstration is empty if
+    Without a system message, not even the row's own, if `system` is empty. A demonstration is empty where
     there is none, and None if it is neither text nor chat messages.
     """
     if isinstance(row.get("prompt"), list):  # the schema of Elliott/Openr1-Math-46k-8192
-        messages, demonstration, gold = row["prompt"], row.get("target"), row.get("reward_model")
+        messages, gold = row["prompt"], row.get("reward_model")
+        demonstration, several = row.get("target"), row.get("target_lst")  # the latter in AMPO's data
         answer = gold.get("ground_truth") if isinstance(gold, dict) else None
     else:
         messages = [{"role": "user", "content": row.get("problem")}]
         messages = [{"role": "system", "content": system}, *messages] if system else messages
-        answer, demonstration = row.get("answer"), row.get("demonstration")
+        answer = row.get("answer")
+        demonstration, several = row.get("demonstration"), row.get("demonstrations")
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if not isinstance(messages, list) or not messages:
@@ -96,12 +99,14 @@ def read_problem(row: dict, system: str) -> tuple[list[dict], str, str | None]:
         raise ValueError("without an answer")
     messages = [{name: message[name] for name in ("role", "content")} for message in messages
                 if system or message["role"] != "system"]
-    answer, demonstration = as_text(answer), read_demonstration(demonstration)
+    answer, several = as_text(answer), several if isinstance(several, list) else [several]
+    demonstrations = [read_demonstration(value) for value in (demonstration, *several)]
     try:
-        "".join([*(message["content"] for message in messages), answer, demonstration or ""]).encode()
+        said = [message["content"] for message in messages]
+        "".join([*said, answer, *filter(None, demonstrations)]).encode()
     except UnicodeEncodeError:  # which JSON can hold and no tokenizer takes
         raise ValueError("with half of a surrogate pair in its text") from None
-    return messages, answer, demonstration
+    return messages, answer, demonstrations
 
 
 def render(codec: Codec, messages: list[dict], prompt_end: str) -> str:
@@ -123,7 +128,7 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
     left_out, problems, seen, unread = Counter(), [], set(), 0
     for index, row in enumerate(bar(rows, desc=f"{source}: prompts", unit="row")):
         try:
-            messages, answer, demonstration = read_problem(row, system)
+            messages, answer, demonstrations = read_problem(row, system)
             text = render(codec, messages, prompt_end)
         except ValueError as error:
             left_out[str(error)] += 1
@@ -140,9 +145,11 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
             left_out["that another row repeats"] += 1
         else:
             seen.add(text)
-            unread += demonstration is None
-            problems.append(Problem(index, text, prompt, answer, codec.until_end(demonstration or ""),
-                                    str(row.get("data_source") or part or Path(source).stem), row))
+            unread += demonstrations.count(None)
+            first, *others = dict.fromkeys(codec.until_end(said) for said in demonstrations if said) or [""]
+            problems.append(Problem(index, text, prompt, answer, first,
+                                    str(row.get("data_source") or part or Path(source).stem), row,
+                                    others=others))
     with (waiting(f"{source}: verifying the references and demonstrations of {len(problems)} problems"),
           kept_verdicts(source, problems, verifier)):
         unusable = find_unusable_golds(problems, verifier)
@@ -176,15 +183,17 @@ def find_unusable_golds(problems: list[Problem], verifier) -> dict[str, str]:
 
 def leave_out_demonstrations(source: str, problems: list[Problem], verifier):
     """Takes away, and counts, demonstrations whose answer is missing or wrong: nobody should imitate them."""
-    demonstrated = [problem for problem in problems if problem.demonstration]
-    verdicts = verifier([problem.answer for problem in demonstrated],
-                        [problem.demonstration for problem in demonstrated])
-    left_out = Counter()
-    for problem, verdict in zip(demonstrated, verdicts):
-        if verdict != RIGHT:
-            problem.demonstration = ""
+    demonstrated = [(problem, text) for problem in problems for text in problem.demonstrations]
+    verdicts = verifier([problem.answer for problem, _ in demonstrated], [text for _, text in demonstrated])
+    left_out, right = Counter(), defaultdict(list)
+    for (problem, text), verdict in zip(demonstrated, verdicts):
+        if verdict == RIGHT:
+            right[problem].append(text)
+        else:
             left_out["that box no answer after </think>" if verdict is None else
                      "whose answer is not the reference"] += 1
+    for problem in problems:
+        problem.demonstration, *problem.others = right[problem] or [""]
     for reason, count in left_out.items():
         print(f"{source}: left out {count} of {len(demonstrated)} demonstrations {reason}")
 

@@ -1,6 +1,6 @@
 """What travels through the loop: a problem, a response to it as a row, and rows as the tensors of a batch."""
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jinja2
 import torch
@@ -20,6 +20,12 @@ class Problem:
     part: str           # slice of the held-out problems to which the row belongs
     row: dict           # as it was read
     samples: int = 1    # responses to it in an evaluation
+    others: list[str] = field(default_factory=list)  # what more experts responded
+
+    @property
+    def demonstrations(self) -> list[str]:
+        """All that there are: `demonstration` is the first of them."""
+        return [self.demonstration, *self.others] if self.demonstration else []
 
 
 @dataclass(eq=False)
@@ -168,14 +174,15 @@ class Codec:
         ids = whole[len(start):]
         return ids[:next((place for place, id in enumerate(ids) if id in self.ends), None)] + [self.end]
 
-    def count_fitting(self, problems: list[Problem], limit: int) -> int:
-        """How many have a demonstration of at most `limit` tokens with EOS; many at a time, which is fast."""
+    def count_fitting(self, responses: list[tuple[Problem, str]], limit: int) -> int:
+        """How many responses have at most `limit` tokens with EOS; many at a time, which is fast."""
         fitting = 0
-        for start in bar(range(0, len(problems), 256), desc="lengths of demonstrations"):
-            part = problems[start:start + 256]
-            texts = [problem.text + self.behind(problem, problem.demonstration) for problem in part]
+        for start in bar(range(0, len(responses), 256), desc="lengths of demonstrations"):
+            part = responses[start:start + 256]
+            texts = [problem.text + self.behind(problem, text) for problem, text in part]
             ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            fitting += sum(len(whole) - len(problem.prompt) + 1 <= limit for whole, problem in zip(ids, part))
+            fitting += sum(len(whole) - len(problem.prompt) + 1 <= limit
+                           for whole, (problem, _) in zip(ids, part))
         return fitting
 
 

@@ -21,10 +21,11 @@ class Demonstrations:
 
     def count_fitting(self) -> int:
         """How many fit in L tokens; says how many do not, and if there is none."""
-        problems = [problem for problem in self.problems if problem.demonstration]
-        fitting, limit = self.codec.count_fitting(problems, self.args.max_response), self.args.max_response
-        if fitting < len(problems):
-            print(f"{self.args.data}: {len(problems) - fitting} of {len(problems)} demonstrations have more "
+        responses = [(problem, text) for problem in self.problems for text in problem.demonstrations]
+        limit = self.args.max_response
+        fitting = self.codec.count_fitting(responses, limit)
+        if fitting < len(responses):
+            print(f"{self.args.data}: {len(responses) - fitting} of {len(responses)} demonstrations have more "
                   f"than --max_response {limit} tokens and will be left out")
         if self.problems and not fitting:
             print(f"{self.args.data}: no problem has a demonstration that can be used")
@@ -45,14 +46,28 @@ class Demonstrations:
                  "it, --prompts or --n")
 
     def of(self, problem: Problem) -> Row | None:
-        """A problem's demonstration with EOS; None without one or, counted, if it has more than L tokens."""
-        if not problem.demonstration:
-            return None
-        response = self.codec.encode(problem, problem.demonstration)
-        fits = len(response) <= self.args.max_response
-        self.log("demonstrations/left_out", not fits, 0)
-        self.given += fits
-        return Row(problem, response, is_demo=True) if fits else None
+        """A problem's demonstration with EOS, the first of several that fits; None if there is none."""
+        return next(iter(self.all(problem)), None)
+
+    def all(self, problem: Problem) -> list[Row]:
+        """A problem's demonstrations with EOS; those of more than L tokens are left out and counted."""
+        responses = [self.codec.encode(problem, text) for text in problem.demonstrations]
+        fitting = [response for response in responses if len(response) <= self.args.max_response]
+        if responses:
+            self.log("demonstrations/left_out", len(responses) - len(fitting), 0)
+        self.given += len(fitting)
+        return [Row(problem, response, is_demo=True) for response in fitting]
+
+    def with_reference(self, row: Row) -> tuple[Row, int]:
+        """The demonstration with the reference in the place of its own answer, without EOS, to be scored.
+
+        Its own is what the last box holds. Returns the row and how many tokens at its end are the reference.
+        """
+        before, box, _ = self.codec.text(row).rpartition("\\boxed{")
+        before = before if box else f"{self.codec.text(row)}\n"  # it may be right in another kind of box
+        answer = self.codec.tokens(row.problem.answer)
+        reasoning = self.codec.encode(row.problem, before + "\\boxed{")[:-1]
+        return Row(row.problem, reasoning + answer, is_demo=True), len(answer)
 
     def next(self, count: int) -> list[Row]:
         """The next `count` of a stream of their own, in the seed's order, without those that do not fit."""

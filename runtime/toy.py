@@ -88,16 +88,20 @@ def answered(working: str, value: int) -> str:
     return f"<think>\n{working}</think>\n\\boxed{{{value:02d}}}"
 
 
-def make_row(chain: Chain, name: str, rng: random.Random) -> dict:
+def make_row(chain: Chain, name: str, rng: random.Random, teachers: bool = False) -> dict:
+    """With `teachers` the row has the other kind of working too, terse or full, where there is one."""
     terse = len(chain.steps) > 1 and rng.random() < TERSE
-    lines = chain.working(rng.randrange(len(chain.steps) - 1) if terse else None)
-    demonstration = answered("".join(lines), chain.values[-1])
-    return {"data_source": name, "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"},
-            "prompt": [{"role": "user", "content": chain.question("?")}],
-            "target": [{"role": "assistant", "content": demonstration}]}
+    merges = [rng.randrange(len(chain.steps) - 1) if terse else None]
+    if teachers and len(chain.steps) > 1:  # the place of the leap, without a draw: all rows stay as they are
+        merges.append(None if terse else chain.values[0] % (len(chain.steps) - 1))
+    said = [{"role": "assistant", "content": answered("".join(chain.working(merge)), chain.values[-1])}
+            for merge in merges]
+    row = {"data_source": name, "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"},
+           "prompt": [{"role": "user", "content": chain.question("?")}], "target": said[:1]}
+    return row | {"target_lst": said} if teachers else row
 
 
-def make_rows() -> tuple[list[dict], list[dict]]:
+def make_rows(teachers: bool = False) -> tuple[list[dict], list[dict]]:
     """Training rows and held-out rows, whose problems are kept out of training by comparison, not by luck."""
     rng, seen, held_out, train = random.Random(0), set(), [], []
     plan = [(name, HELD_OUT_ROWS, held_out) for name in SLICES]
@@ -107,7 +111,7 @@ def make_rows() -> tuple[list[dict], list[dict]]:
             chain = Chain(rng.choice(SLICES[name]), rng)
             if chain.question("?") not in seen:  # there are only about 2,100 easy ones
                 seen.add(chain.question("?"))
-                rows.append(make_row(chain, name, rng))
+                rows.append(make_row(chain, name, rng, teachers))
                 size -= 1
     return train, held_out
 

@@ -13,9 +13,9 @@ from conftest import SCRIPTS, SMALL, load, read_jsonl, write_jsonl
 from common import Row
 from runtime.evaluation import summarise
 from runtime.files import Written, as_text, read_file
-from runtime.problems import fingerprint, read_demonstration, slice_names
+from runtime.problems import fingerprint, load_problems, read_demonstration, slice_names
 from runtime.reward import OwnReward
-from runtime.rows import Problem
+from runtime.rows import Codec, Problem
 from runtime.verification import RIGHT, WRONG
 
 THOUGHT = "<think>\na=1\n</think>\n\\boxed{1}"
@@ -217,6 +217,22 @@ def test_demonstrations_as_messages_are_used_and_what_is_neither_is_counted(make
     run = make_run("luffy", "--model", tiny_model, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), *SMALL)
     assert sorted(problem.index for problem in run.train if problem.demonstration) == [0, 1]
     assert "left out 1 demonstrations that are neither text nor chat messages" in capsys.readouterr().out
+
+
+def test_several_demonstrations_of_a_problem(verifier, tiny_model, capsys):
+    """One column's, then a list's, each once; the first that is right is the one for methods that take one."""
+    one, two, three = [f"<think>\n{working}</think>\n\\boxed{{1}}" for working in ("", "a=1\n", "1;1\n")]
+    several = [one.replace("{1}", "{2}"), two, SAID | {"content": three}, two + "<|im_end|>", 5, None]
+    rows = [{"problem": "a?", "answer": "1", "demonstrations": several},
+            {"problem": "b?", "answer": "1", "demonstration": one, "demonstrations": two},
+            {"prompt": [{"role": "user", "content": "c?"}], "reward_model": {"ground_truth": "1"},
+             "target": [SAID | {"content": one}], "target_lst": several}]
+    problems = load_problems("rows", rows, Codec(load(tiny_model)[1]), verifier, 60)
+    assert [problem.demonstrations for problem in problems] == [[two, three], [one, two], [one, two, three]]
+    assert [problem.demonstration for problem in problems] == [two, one, one]
+    output = capsys.readouterr().out
+    assert "left out 2 of 9 demonstrations whose answer is not the reference" in output
+    assert "left out 2 demonstrations that are neither text nor chat messages" in output
 
 
 def test_a_demonstration_that_goes_on_behind_its_eos_is_judged_by_what_is_before(make_run, tiny_model, tmp_path):

@@ -11,6 +11,7 @@ from conftest import MORE, assert_parts_add_up
 from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
+from more.ampo import ampo_loss
 from more.hpt import hpt_loss
 from more.rl_plus import rl_plus_loss
 from more.srft import srft_loss
@@ -37,6 +38,7 @@ for module in [importlib.import_module(script.replace("/", ".")) for script in M
 LOSSES |= {  # their other settings
     "hpt clipped": (hpt_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
     "rl_plus clipped": (rl_plus_loss, {"gamma": 0, "uniform": 0.02, "clip_low": 0.2, "clip_high": 0.28}),
+    "ampo unclipped": (ampo_loss, {"clip_low": math.inf, "clip_high": math.inf, "dual_clip": math.inf}),
     "srft constant": (srft_loss, {"gamma": None, "constant_weights": True}),
 }
 IMITATE = (chord_loss, hpt_loss, srft_loss)  # whose demonstrations have a gradient at A = 0

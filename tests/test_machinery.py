@@ -603,6 +603,32 @@ def test_the_stream_of_demonstrations(codec, capsys):
     assert 1 < len(log) < 4  # it gives up after two epochs
 
 
+def test_the_demonstrations_of_a_problem(codec, capsys):
+    """All that fit, in their order; the others are counted. The first stands for them where one is asked for."""
+    problem, log = problems_of("a=1" * 20)[0], []
+    problem.others = ["a=1" * 2, "a=1"]
+    args = SimpleNamespace(seed=0, max_response=12, data="rows.jsonl")
+    demonstrations = Demonstrations(args, [problem], codec, {}, lambda *entry: log.append(entry))
+    assert "rows.jsonl: 1 of 3 demonstrations have more than --max_response 12 tokens" in capsys.readouterr().out
+    rows = demonstrations.all(problem)
+    assert [codec.text(row) for row in rows] == problem.others and all(row.is_demo for row in rows)
+    assert demonstrations.of(problem).response == rows[0].response
+    assert log == [("demonstrations/left_out", 1, 0)] * 2 and demonstrations.given == 4
+    assert demonstrations.all(problems_of("")[0]) == [] and demonstrations.of(problems_of("")[0]) is None
+
+
+@pytest.mark.parametrize("said, before", (
+    ("</think>\\boxed{7}", "</think>\\boxed{"), ("\\boxed{3}</think>\\boxed{7};", "\\boxed{3}</think>\\boxed{"),
+    ("</think>7", "</think>7\n\\boxed{")))
+def test_the_reference_in_the_place_of_a_demonstrations_answer(said, before, codec):
+    problem = problems_of("")[0]
+    problem.answer = "42"
+    row, size = Demonstrations(SimpleNamespace(max_response=99, data=""), [], codec, {}, None).with_reference(
+        Row(problem, codec.encode(problem, said), is_demo=True))
+    assert codec.tokenizer.decode(row.response) == before + "42"
+    assert row.response[-size:] == codec.tokens("42") and row.is_demo and row.problem is problem
+
+
 def test_rows_that_are_kept_and_saved(codec, tmp_path, capsys):
     problems = problems_of("", "")
     rows = [Row(problem, codec.encode(problem, text)) for problem in problems for text in ("a=1", "a=2")]

@@ -118,6 +118,18 @@ def test_the_same_rows_every_time():
     assert toy.make_rows() == (TRAIN, HELD_OUT)
 
 
+def test_teachers_add_the_other_kind_of_working_and_change_nothing_else():
+    for rows, plain in zip(toy.make_rows(teachers=True), (TRAIN, HELD_OUT)):
+        assert [{name: value for name, value in row.items() if name != "target_lst"} for row in rows] == plain
+        for row in rows:
+            steps = len(values(row)) - 1
+            said = [message["content"] for message in row["target_lst"]]
+            assert row["target_lst"][:1] == row["target"] and len(set(said)) == len(said) == min(steps, 2)
+            lines = [text.partition("</think>")[0].count("\n") - 1 for text in said]
+            assert sorted(lines) == ([steps, steps + 1] if steps > 1 else [steps + 1])
+            assert all(text.endswith(f"\\boxed{{{values(row)[-1]:02d}}}") for text in said)
+
+
 # ---------------------------------------------------------------------------------------- demonstrations
 def test_demonstrations_are_right_line_by_line():
     """Each line copies an assignment, or a terse one two of them, and gives its value."""
