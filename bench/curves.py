@@ -42,6 +42,8 @@ METHODS = {  # name: script, flags, colour
     "TOPR, reinforce": ("topr", ["--weights", "reinforce"], "black"),
     "HPT": ("more/hpt", [], "tab:brown"),
     "SRFT": ("more/srft", [], "tab:olive"),
+    "RL-PLUS": ("more/rl_plus", [], "tab:green"),
+    "AMPO": ("more/ampo", ["--data", "toy:teachers"], "tab:pink"),
 }
 FIELD = ("GRPO", "LUFFY", "CHORD-mu", "ReLIFT", *[name for name in METHODS if METHODS[name][0].startswith("more/")])
 PAGES = {  # page in docs/: methods on it, and the slice at which they are told apart
