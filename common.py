@@ -133,17 +133,21 @@ class Run:
         batch = self.step - 1 if batch is None else batch
         return draw(self.train, f"{self.args.seed} prompts", batch * self.args.prompts, self.args.prompts)
 
-    def rollout(self, problems: list[Problem]) -> list[Row]:
+    def rollout(self, problems: list[Problem], prefixes: list[list[int]] | None = None) -> list[Row]:
         """One response of the policy to each problem; a problem stands in the list once for each response.
 
         At --temperature and from the whole distribution; at most L = --max_response tokens, EOS included.
+        prefixes: token ids for each that are given, [] for none; the policy goes on behind them. They count in
+        L, are fewer than L and have no EOS. Sets row.prefix, how many there are; the response begins with them.
         """
         args, seed = self.args, self.args.seed * 1_000_003 + self.step
         with self.record.timer("rollout"):
-            rows = self.sampler.rows(problems, args.max_response, args.temperature, seed)
+            rows = self.sampler.rows(problems, args.max_response, args.temperature, seed, prefixes)
         if rows:
-            self.log("response/length", sum(len(row.response) for row in rows), len(rows))
+            self.log("response/length", sum(len(row.response) - row.prefix for row in rows), len(rows))
             self.log("response/cut", sum(not self.codec.ended(row) for row in rows), len(rows))
+        if prefixes:
+            self.log("response/prefix", sum(row.prefix for row in rows), sum(row.prefix > 0 for row in rows))
         return rows
 
     def verify(self, rows: list[Row]) -> torch.Tensor:
@@ -157,6 +161,8 @@ class Run:
         groups = defaultdict(list)
         for row in rows:
             self.log("reward/demonstrations" if row.is_demo else "reward", row.reward)
+            if row.prefix:
+                self.log("reward/prefixed", row.reward)
             if not row.is_demo:
                 groups[row.problem.index].append(row.reward)
         if groups:
@@ -180,6 +186,7 @@ class Run:
         """Sets row.old_logp, (tokens,): log-probs by the trainer at --temperature before the step's updates.
 
         By the trainer and not by the sampler, whose rounding differs; the difference is logged (sampler_gap).
+        Of rows that begin with a prefix it sets row.prefix_entropy too, (row.prefix,).
         """
         with self.record.timer("scoring"):
             self.policy.model.eval()
@@ -188,19 +195,20 @@ class Run:
             for part in bar(parts, desc="scoring"):
                 logp, entropy = self.policy.logprobs(collate(part, self.device), entropy=True)
                 for row, row_logp, row_entropy in zip(part, logp.cpu(), entropy.cpu()):
-                    size = len(row.response)
-                    scored[row] = row_logp[:size].clone()
-                    if row.is_demo:
-                        self.log_own("demonstrations/probability", scored[row].exp().sum(), size)
-                    else:
-                        self.log_own("entropy", row_entropy.sum(), size)
+                    size, demo = len(row.response), row.demo_tokens
+                    old_logp = row_logp[:size].clone()
+                    scored[row] = old_logp, row_entropy[:row.prefix].clone() if row.prefix else None
+                    if demo:
+                        self.log_own("demonstrations/probability", old_logp[:demo].exp().sum(), demo)
+                    if not row.is_demo:
+                        self.log_own("entropy", row_entropy[demo:size].sum(), size - demo)
                     if row.sampler_logp:
-                        gap = (scored[row] - torch.tensor(row.sampler_logp)).abs()
-                        self.log_own("sampler_gap", gap.sum(), size)
+                        gap = (old_logp[demo:] - torch.tensor(row.sampler_logp)).abs()
+                        self.log_own("sampler_gap", gap.sum(), size - demo)
             numbered = {number: scored[row] for number, row in enumerate(rows) if row in scored}
             for part in processes.gather(numbered):
-                for number, old_logp in part.items():
-                    rows[number].old_logp = old_logp
+                for number, values in part.items():
+                    rows[number].old_logp, rows[number].prefix_entropy = values
 
     def minibatches(self, rows: list[Row]) -> list[list[Row]]:
         """The rows of each of the --updates optimiser steps: every --updates-th, so groups are spread out."""

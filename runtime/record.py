@@ -172,9 +172,10 @@ class Record:
 
     # ---- samples
     def describe(self, step: int, row: Row, codec: Codec) -> dict:
+        prefix = {"prefix": codec.tokenizer.decode(row.response[:row.prefix])} if row.prefix else {}
         return {"step": step, "prompt": row.problem.text, "response": codec.text(row),
                 "answer": row.problem.answer, "is_demo": row.is_demo, "reward": row.reward,
-                "advantage": row.advantage}
+                "advantage": row.advantage} | prefix
 
     def write_sample(self, step: int, row: Row, codec: Codec):
         sample = self.describe(step, row, codec)

@@ -30,14 +30,22 @@ class Problem:
 
 @dataclass(eq=False)
 class Row:
-    """One response to one prompt: a rollout of the policy or a demonstration."""
+    """One response to one prompt: a rollout of the policy, a demonstration, or one that the policy finished."""
     problem: Problem
     response: list[int]                      # token ids, with EOS unless it was cut
-    sampler_logp: list[float] | None = None  # log-probs of its tokens by the sampler; None: not sampled
+    sampler_logp: list[float] | None = None  # log-probs of sampled tokens by the sampler; None: not sampled
     is_demo: bool = False
     reward: float = 0.0
     advantage: float = 0.0
     old_logp: torch.Tensor | None = None     # (tokens of the response,), by Run.score
+    prefix: int = 0                          # its first tokens that were given; the others were sampled
+    prefix_entropy: torch.Tensor | None = None  # (prefix,), by Run.score: the policy's there, in nats
+    weights: torch.Tensor | None = None      # (tokens of the response,), of a loss's tokens; None: all are 1
+
+    @property
+    def demo_tokens(self) -> int:
+        """How many of its first tokens are a demonstration's."""
+        return len(self.response) if self.is_demo else self.prefix
 
 
 @dataclass
@@ -48,18 +56,22 @@ class Batch:
     mask: torch.Tensor        # (rows, T) true on response tokens, from lengths: EOS is a token like any other
     old_logp: torch.Tensor    # (rows, T)
     advantages: torch.Tensor  # (rows,)
-    is_demo: torch.Tensor     # (rows,) bool
+    is_demo: torch.Tensor     # (rows, T) true on tokens of a demonstration: a whole one, or a prefix of one
+    weights: torch.Tensor     # (rows, T) row.weights
 
 
 def collate(rows: list[Row], device) -> Batch:
     start = torch.tensor([[len(row.problem.prompt)] for row in rows])
     length = torch.tensor([[len(row.response)] for row in rows])
+    demo = torch.tensor([[row.demo_tokens] for row in rows])
     offset = torch.arange(int(length.max()))
     mask = offset < length
     tokens = pad_sequence([torch.tensor(row.problem.prompt + row.response) for row in rows], batch_first=True)
     old_logp = [torch.zeros(len(row.response)) if row.old_logp is None else row.old_logp for row in rows]
+    weights = [torch.ones(len(row.response)) if row.weights is None else row.weights for row in rows]
     batch = Batch(tokens, (start + offset) * mask, mask, pad_sequence(old_logp, batch_first=True),
-                  torch.tensor([row.advantage for row in rows]), torch.tensor([row.is_demo for row in rows]))
+                  torch.tensor([row.advantage for row in rows]), offset < demo,
+                  pad_sequence(weights, batch_first=True))
     return Batch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
@@ -151,6 +163,15 @@ class Codec:
             fail(f"the tokenizer gives {name!r} the id {max(ids)}, but the model's embedding has only "
                  f"{self.size} rows: use the model's own tokenizer, or resize the embedding")
         return ids
+
+    def line_ends(self, ids: list[int]) -> list[int]:
+        """How many tokens the first 1, 2, ... lines have; the last line has the last token.
+
+        A line ends with a token that has a line break in it; blank lines belong to the one before.
+        """
+        breaks = {id: "\n" in self.tokenizer.decode([id]) for id in set(ids)}
+        return [size for size in range(1, len(ids) + 1)
+                if size == len(ids) or breaks[ids[size - 1]] and not breaks[ids[size]]]
 
     def behind(self, problem: Problem, response: str) -> str:
         """The response's text as it follows the prompt: without a <think> that the prompt has already."""

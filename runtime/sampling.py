@@ -1,8 +1,8 @@
 """Sampling responses: with transformers on a CPU, with vLLM on a GPU.
 
 Both have three methods. generate(prompts, max_tokens, temperature, seed, numbers) takes token ids and returns,
-for each prompt, the token ids of one response and their log-probs; update(weights) hands the trainer's over;
-differing(weights) names those that did not arrive.
+for each prompt, the token ids of one response and their log-probs; max_tokens is a number, or one for each
+prompt. update(weights) hands the trainer's over; differing(weights) names those that did not arrive.
 A row's noise depends on the seed and on its number in the batch of all processes, and on nothing else: so the
 samples do not depend on how many processes there are.
 """
@@ -33,6 +33,11 @@ def differing(model, weights: dict[str, torch.Tensor]) -> list[str]:
     own = dict(model.named_parameters())
     return [name for name, weight in weights.items() if name in own and own[name].shape == weight.shape
             and not torch.equal(own[name], weight.to(own[name].dtype))]
+
+
+def limits(max_tokens: int | list[int], rows: int) -> list[int]:
+    """One number for each row."""
+    return [max_tokens] * rows if isinstance(max_tokens, int) else max_tokens
 
 
 def row_seeds(seed: int, numbers) -> list[int]:
@@ -93,7 +98,7 @@ class TransformersSampler:
         self.cache_name = found[0] if found else None  # `cache` or, in older versions, `past_key_values`
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int,
+    def generate(self, prompts: list[list[int]], max_tokens: int | list[int], temperature: float, seed: int,
                  numbers: list[int] | None = None):
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
@@ -107,19 +112,21 @@ class TransformersSampler:
             tokens = torch.tensor([[self.pad] * (width - len(prompt)) + [*prompt] for prompt in unique])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in unique])
             number = torch.tensor([unique[tuple(prompt)] for prompt in prompts])
+            limit = torch.tensor(limits(max_tokens, len(prompts)))
         decode = self.decode if self.cache_name else self.decode_by_generate
-        noise = row_noise(row_seeds(seed, numbers or range(len(prompts))), max_tokens).to(tokens.device)
-        tokens, logp = decode(tokens, mask, number, noise, temperature)
+        noise = row_noise(row_seeds(seed, numbers or range(len(prompts))), int(limit.max())).to(tokens.device)
+        tokens, logp = decode(tokens, mask, number, noise, limit, temperature)
         is_eos = torch.isin(tokens, torch.tensor(self.eos).to(tokens)).long()
         length = (is_eos.cumsum(dim=1) - is_eos == 0).sum(dim=1)  # of the tokens that have no EOS before them
+        length = length.minimum(limit)
         rows = zip(tokens.tolist(), logp.tolist(), length.tolist())
         return [(response[:size], response_logp[:size]) for response, response_logp, size in rows]
 
-    def decode(self, tokens, mask, number, noise, temperature: float):
-        """Responses and their log-probs, both (rows, max_tokens), padded behind EOS.
+    def decode(self, tokens, mask, number, noise, limit, temperature: float):
+        """Responses and their log-probs, both (rows, max_tokens), padded behind EOS and each row's limit.
 
         tokens (prompts, width); mask, 0 on padding, like them; number (rows,): which prompt a row answers;
-        noise (rows, max_tokens), uniform.
+        noise (rows, max_tokens), uniform; limit (rows,) of tokens, max_tokens the largest.
         """
         max_tokens = noise.shape[1]
         logits, cache = self.forward(tokens, mask)
@@ -134,7 +141,7 @@ class TransformersSampler:
             logp = (logits / (temperature or 1)).log_softmax(dim=-1)     # (rows that have not ended, V)
             token = sample(logp, noise[row, end - width], temperature)
             tokens[row, end], logps[row, end] = token[:, 0], logp.gather(1, token)[:, 0]
-            going = (~torch.isin(token[:, 0], eos)).nonzero()[:, 0]
+            going = (~torch.isin(token[:, 0], eos) & (end + 1 - width < limit[row])).nonzero()[:, 0]
             if len(going) == 0:
                 break
             if len(going) < len(row):  # a copy of the cache, as is each step's growth
@@ -157,8 +164,8 @@ class TransformersSampler:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output[self.cache_name]
 
     @waiting("sampling")
-    def decode_by_generate(self, tokens, mask, number, noise, temperature: float):
-        """The same by `model.generate`: every row reads its prompt, and stays until the last has ended."""
+    def decode_by_generate(self, tokens, mask, number, noise, _limit, temperature: float):
+        """The same by `model.generate`: every row reads its prompt, and goes on until the last has ended."""
         recorder = Recorder(temperature, noise)
         tokens = self.model.generate(
             input_ids=tokens[number], attention_mask=mask[number], max_new_tokens=noise.shape[1],
@@ -215,7 +222,7 @@ class VLLMSampler:
                  if advice else f"--rollout vllm: {error}")
         sys.excepthook = explain  # where vLLM has made the first process group, torch's stands here
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int,
+    def generate(self, prompts: list[list[int]], max_tokens: int | list[int], temperature: float, seed: int,
                  numbers: list[int] | None = None):
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
@@ -223,10 +230,11 @@ class VLLMSampler:
         """
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         settings = [self.settings(
-            temperature=temperature, max_tokens=max_tokens, logprobs=0, detokenize=False,
+            temperature=temperature, max_tokens=limit, logprobs=0, detokenize=False,
             seed=own_seed,
             ignore_eos=True, stop_token_ids=self.eos,  # what ends a response for the trainer, no more
-        ) for own_seed in row_seeds(seed, numbers or range(len(prompts)))]
+        ) for limit, own_seed in zip(limits(max_tokens, len(prompts)),
+                                     row_seeds(seed, numbers or range(len(prompts))))]
         self.engine.wake_up()
         results = self.engine.generate(requests, settings, use_tqdm=bar)
         # Level 1 keeps the weights in host memory, so that the engine always wakes with the last hand-over's.
@@ -271,20 +279,28 @@ class Sampler:
                 model = policy.plain_model(next(model.parameters()).dtype, policy.device)
             self.engine = TransformersSampler(model, policy.tokenizer, policy.codec.ends)
 
-    def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int) -> list[Row]:
+    def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int,
+             prefixes: list[list[int]] | None = None) -> list[Row]:
         """One response to each problem, of at most max_tokens tokens, EOS included.
 
+        prefixes: token ids with which each response begins, fewer than max_tokens and no EOS; [] for none.
         A process samples all responses to every world-th problem, and has those of the others from them.
         """
         places = {problem: place for place, problem in enumerate(dict.fromkeys(problems))}
         own = [number for number, problem in enumerate(problems)
                if places[problem] % processes.world() == processes.rank()]
-        prompts = [problems[number].prompt for number in own]
-        responses = self.engine.generate(prompts, max_tokens, temperature, seed, own) if own else []
+        prefixes = prefixes or [[]] * len(problems)
+        prompts = [problems[number].prompt + prefixes[number] for number in own]
+        left = [max_tokens - len(prefixes[number]) for number in own]
+        responses = self.engine.generate(prompts, left, temperature, seed, own) if own else []
         sampled = {}
         for part in processes.gather(dict(zip(own, responses))):
             sampled |= part
-        return [Row(problem, *sampled[number]) for number, problem in enumerate(problems)]
+        rows = []
+        for number, (problem, prefix) in enumerate(zip(problems, prefixes, strict=True)):
+            response, logp = sampled[number]
+            rows.append(Row(problem, prefix + response, logp, prefix=len(prefix)))
+        return rows
 
     @torch.no_grad()
     def hand_over(self, step: int, problem: Problem) -> str:

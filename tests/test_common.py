@@ -1,4 +1,5 @@
 """What is not the method: log-probs, a gradient that doesn't depend on how the work is cut, rollout, data."""
+import io
 import json
 import random
 import re
@@ -253,6 +254,60 @@ def test_sampling_is_from_the_whole_distribution_and_repeats_with_its_seed(tiny_
     torch.testing.assert_close(frequencies, p, rtol=0, atol=0.04)  # four standard deviations at p = 0.5
     assert sampler.generate(prompts[:50], 9, 1.0, seed=7) == sampler.generate(prompts[:50], 9, 1.0, seed=7)
     assert sampler.generate(prompts[:50], 9, 1.0, seed=7) != sampler.generate(prompts[:50], 9, 1.0, seed=8)
+
+
+def test_a_rollout_goes_on_from_a_prefix(make_run, coin_model, coin_data, shared_verifier):
+    """Given nothing, all up to the answer, or all but EOS of a right or a wrong response of eight tokens."""
+    run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--max_response", "8")
+    problem = run.train[0]
+    right, wrong = [run.codec.encode(problem, f"<think>\n</think>\n\\boxed{{{box}}}")[:-1]
+                    for box in (problem.answer, "9")]
+    prefixes = [[]] * 20 + [right[:5]] * 20 + [right] * 20 + [wrong] * 20
+    rows = run.rollout([problem] * 80, prefixes)
+    for row, prefix in zip(rows, prefixes):
+        assert row.response[:row.prefix] == prefix and row.prefix == len(prefix)
+        assert len(row.sampler_logp) == len(row.response) - len(prefix) and len(row.response) <= 8
+    rewards, sums = run.verify(rows), run.record.sums
+    for part, lowest, highest in ((slice(0, 40), 5, 35), (slice(40, 60), 15, 20), (slice(60, 80), 0, 0)):
+        assert lowest <= rewards[part].sum() <= highest
+    sampled, given = sum(len(row.sampler_logp) for row in rows), 20 * (5 + 7 + 7)
+    assert sums["response/length"] == [sampled, 80] and sums["response/prefix"] == [given, 60]
+    assert sums["reward/prefixed"] == [rewards[20:].sum(), 60] and sums["reward"] == [rewards.sum(), 80]
+
+    run.score(rows)
+    with torch.no_grad():
+        expected = [row_logprobs(run.policy.model, row) for row in rows]
+    for row, (logp, entropy) in zip(rows, expected):
+        torch.testing.assert_close(row.old_logp, logp, rtol=0, atol=1e-4)
+        if row.prefix:
+            torch.testing.assert_close(row.prefix_entropy, entropy[:row.prefix], rtol=0, atol=1e-4)
+    total, count = run.record.own_sums["sampler_gap"]
+    assert count == sampled and total < 1e-4 * sampled
+    total, count = run.record.own_sums["entropy"]
+    assert count == sampled
+    assert total == pytest.approx(sum(float(h[row.prefix:].sum()) for row, (_, h) in zip(rows, expected)), rel=1e-3)
+    total, count = run.record.own_sums["demonstrations/probability"]
+    assert count == given
+    assert total == pytest.approx(sum(float(logp[:row.prefix].exp().sum())
+                                      for row, (logp, _) in zip(rows, expected)), rel=1e-3)
+
+    rows[50].weights, rows[50].advantage = torch.rand(len(rows[50].response)), 1.0
+    run.kept.keep(rows[50:51] + rows[:1], in_file=False)
+    values = torch.load(io.BytesIO(saved(run.state["kept"])), weights_only=True)
+    run.state["kept"] = [values[0], {name: values[1][name] for name in values[1].keys() - OF_PREFIXES}]
+    batch = collate(run.kept.rows(), "cpu")
+    assert batch.is_demo.shape == batch.weights.shape == batch.mask.shape
+    assert batch.is_demo.int().sum(dim=1).tolist() == [7, 0] and batch.is_demo[0, :7].all()
+    assert torch.equal(batch.weights[0, batch.mask[0]], rows[50].weights)
+    assert torch.equal(batch.weights[1], batch.mask[1].float())
+
+
+OF_PREFIXES = {"prefix", "prefix_entropy", "weights"}  # what rows in checkpoints from before prefixes have not
+
+
+def saved(values) -> bytes:
+    torch.save(values, file := io.BytesIO())
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("scaling", (1.0, 4.0))

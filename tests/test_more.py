@@ -86,7 +86,7 @@ def test_two_steps_in_an_empty_folder(script, tiny_model, tmp_path):
     lines = read_jsonl(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert lines[1]["gradient_norm"] > 0 and lines[1]["sampler_gap"] < 1e-5
+    assert lines[1]["sampler_gap"] < 1e-5
     documented = re.findall(r"`([^`]+)`", (ROOT / "docs" / "metrics.md").read_text())
     for name in (lines[1].keys() | lines[2].keys()) - {"step"}:
         assert name.replace(name.partition("/")[2], "<slice>") in documented or name in documented, name
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_and_micro_batches_cha
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
     one_by_one = run("one by one", "--micro_tokens", "1", "--steps", "1")[1]
-    assert 0 < one_by_one["reward"] < 1
+    assert 0 < one_by_one["reward"] < 1 and one_by_one["gradient_norm"] > 0
     for name in whole[1].keys() - {"step"}:
         assert one_by_one[name] == pytest.approx(whole[1][name], rel=1e-3, abs=1e-5), name
 

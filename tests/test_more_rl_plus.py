@@ -116,7 +116,7 @@ def test_the_old_log_probs_of_demonstrations_are_the_policys_before_the_step(
 
     def watched_logprobs(run, batch, *args, logprobs=Run.logprobs):
         logp, entropy = logprobs(run, batch, *args)
-        updates[-1].append((logp.detach() - batch.old_logp)[batch.mask & batch.is_demo[:, None]])
+        updates[-1].append((logp.detach() - batch.old_logp)[batch.mask & batch.is_demo])
         return logp, entropy
 
     def watched_step(run, minibatch, optimizer_step=Run.optimizer_step):

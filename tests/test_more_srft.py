@@ -148,6 +148,6 @@ def test_every_row_of_a_run_is_in_the_update(coin_model, command_line, tmp_path,
             group = [other.reward for other in trained if other.problem is row.problem]
             assert row.advantage == pytest.approx(1 - sum(group) / len(group))
     assert 0 < line["reward"] < 1 and line["logp/negatives"] < 0 and line["entropy/demonstrations"] > 0
-    demo = torch.cat([entropy[batch.is_demo][batch.mask[batch.is_demo]] for batch, entropy in batches])
+    demo = torch.cat([entropy[batch.is_demo] for batch, entropy in batches])
     assert demo.min() >= 0 and demo.mean().item() == pytest.approx(line["entropy/demonstrations"], rel=1e-5)
     assert 0.1 < line["weight/positives"] < 0.2 and 0.25 < line["weight/demonstrations"] < 0.5

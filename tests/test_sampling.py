@@ -157,3 +157,17 @@ def test_any_token_of_a_set_ends_a_response():
     for response, _ in responses:
         assert not set(response[:-1]) & set(sampler.eos)
         assert response[-1] in sampler.eos or len(response) == 30
+
+
+@pytest.mark.parametrize("kind, longest", (("qwen2", 100), ("gpt2", 100), ("recurrent_gemma", 12)))
+def test_each_prompt_may_have_a_limit_of_its_own(kind, longest):
+    """And none goes beyond it: GPT-2 here has 128 positions and no more."""
+    _, sampler = make(kind)
+    prompts, limits = make_prompts([3, longest, 2, 7]) * 6, [longest, 28, 7, 1] * 6
+    whole = [sampler.generate([prompt], limit, 1.0, 0, [number])[0]
+             for number, (prompt, limit) in enumerate(zip(prompts, limits))]
+    responses = sampler.generate(prompts, limits, 1.0, seed=0)
+    assert sum(len(response) == limit > 1 for (response, _), limit in zip(responses, limits)) > 3
+    for (response, logp), (alone, alone_logp), limit in zip(responses, whole, limits):
+        assert response == alone and len(response) <= limit
+        assert logp == pytest.approx(alone_logp, abs=1e-5)

@@ -112,6 +112,16 @@ def test_a_response_ends_with_the_tokenizers_eos_or_is_cut(pair):
     assert any(COMMA in tokens[:-1] for tokens in responses)  # the EOS that only generation_config.json names
 
 
+def test_each_prompt_may_have_a_limit_of_its_own(pair):
+    """As where prompts are followed by a response's first tokens."""
+    sampler, _ = pair
+    limits = [1, 7, 30, 15] * 6
+    whole = [tokens for tokens, _ in sampler.generate(SHORT, 30, 0.0, seed=0)]
+    responses = sampler.generate(SHORT, limits, 0.0, seed=0)
+    assert [tokens for tokens, _ in responses] == [tokens[:limit] for tokens, limit in zip(whole, limits)]
+    assert all(len(tokens) == len(logp) for tokens, logp in responses)
+
+
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_log_probs_are_the_trainers(pair, temperature):
     sampler, model = pair
