@@ -44,6 +44,8 @@ METHODS = {  # name: script, flags, colour
     "SRFT": ("more/srft", [], "tab:olive"),
     "RL-PLUS": ("more/rl_plus", [], "tab:green"),
     "AMPO": ("more/ampo", ["--data", "toy:teachers"], "tab:pink"),
+    "Prefix-RFT": ("more/prefix_rft", [], "tab:brown"),
+    "UFT": ("more/uft", [], "tab:olive"),
 }
 FIELD = ("GRPO", "LUFFY", "CHORD-mu", "ReLIFT", *[name for name in METHODS if METHODS[name][0].startswith("more/")])
 PAGES = {  # page in docs/: methods on it, and the slice at which they are told apart
