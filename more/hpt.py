@@ -49,6 +49,7 @@ On a GPU:               python more/hpt.py --model Qwen/Qwen2.5-Math-7B
 """
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,9 @@ def make_batch(run: Run, args: Args, problems: list[Problem]) -> list[Row]:
     return run.rollout([problem for problem in problems for _ in range(args.n)])
 
 
-def switch(rows: list[Row], gate: int, demonstration_of) -> tuple[list[Row], int]:
+def switch(
+    rows: list[Row], gate: int, demonstration_of: Callable[[Problem], Row | None],
+) -> tuple[list[Row], int]:
     """The rows to train on: a group with at most `gate` right rollouts gives way to its demonstration.
 
     demonstration_of(problem): a row, or None where there is none; that group stays. Returns the rollouts that

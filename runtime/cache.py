@@ -5,11 +5,14 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from runtime import normalise, processes, verification
 from runtime.flags import say
+from runtime.reward import OwnReward
+from runtime.rows import Problem
 from runtime.verification import RIGHT, UNPARSED, WRONG, Verifier
 
 WORTH_KEEPING = 200  # verdicts: fewer are found again in a moment
@@ -20,7 +23,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimal-luffy"
 
 
-def verdict_file(problems) -> Path:
+def verdict_file(problems: list[Problem]) -> Path:
     """Named by the references, and by what decides the verdicts on them: math-verify and this code.
 
     Demonstrations need not be in the name: a verdict's key has the answer that was judged.
@@ -62,7 +65,7 @@ def write_verdicts(path: Path, verdicts: dict[bytes, int]):
 
 
 @contextlib.contextmanager
-def kept_verdicts(source: str, problems, verifier):
+def kept_verdicts(source: str, problems: list[Problem], verifier: Verifier | OwnReward) -> Iterator[None]:
     """Around the verification of a data set's references and demonstrations.
 
     What an earlier start has found is known to the verifier; what it finds now is kept for the next, unless

@@ -3,25 +3,29 @@ import csv
 import json
 import re
 import sys
+from decimal import Decimal
 from pathlib import Path
-
+from typing import TYPE_CHECKING, Self
 
 from runtime.flags import fail
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class Written(float):
     """A number with a point or an exponent, and the text of which it was read."""
 
-    def __new__(cls, text: str):
+    def __new__(cls, text: str) -> Self:
         number = super().__new__(cls, text)
         number.text = text
         return number
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.text
 
 
-def parse(text: str):
+def parse(text: str) -> dict | list | str | int | Written | bool | None:
     """The value of a JSON text. Integers of any size are exact; NaN and Infinity, no JSON, are None."""
     return json.loads(text, parse_float=Written, parse_constant=lambda name: None)
 
@@ -72,11 +76,11 @@ def read_csv(path: Path) -> list[dict]:
         fail(f"{path}, line {rows.line_num}: {error}")
 
 
-def load_dataset(*arguments, **options):
+def load_dataset(path: str, data_files: str | None = None) -> "datasets.DatasetDict":
     """`datasets.load_dataset`, imported when it is needed: that takes a moment, and the toy never does."""
     import datasets
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors are said in one line here
-    return datasets.load_dataset(*arguments, **options)
+    return datasets.load_dataset(path, data_files=data_files)
 
 
 def read_parquet(path: Path) -> list[dict]:
@@ -95,7 +99,7 @@ def read_file(path: Path) -> list[dict]:
     return [columns | row for row in rows]
 
 
-def as_text(number) -> str:
+def as_text(number: str | int | float | Decimal) -> str:
     r"""A number, or text that may be one, as it stands in mathematics: 1e-7 as 1 \times 10^{-7}."""
     if type(number) is float and number.is_integer() and abs(number) < 2**53:
         number = int(number)  # of a column of integers that a gap has made one of floats

@@ -4,9 +4,9 @@ import ast
 import os
 import sys
 import traceback
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 
 from tqdm import tqdm
 
@@ -76,13 +76,13 @@ def out_of_memory(error: BaseException) -> str:
     return "out of memory: lower --micro_tokens; if that does not help, use --offload or more cards"
 
 
-def explain(kind, error, trace):
+def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
     """For what goes wrong later (sys.excepthook): one line where it is enough. The last checkpoint stays."""
     from runtime import processes
     processes.end_all(1, lambda: describe(kind, error, trace))
 
 
-def describe(kind, error, trace):
+def describe(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
     from safetensors import SafetensorError
     advice, cause = out_of_memory(error), error
     while cause and not isinstance(cause, (OSError, SafetensorError)):  # torch.save raises on top of it
@@ -101,8 +101,11 @@ def describe(kind, error, trace):
 
 
 # -------------------------------------------------------------------------------------------------- flags
-def flag(text: str, default=None, *, toy=None, real=None, choices=None, least=None, most=None,
-         only_with: str = "", not_with: str = ""):
+def flag(
+    text: str, default: str | float | bool | None = None, *,
+    toy: str | float | None = None, real: str | float | None = None, choices: tuple[str, ...] | None = None,
+    least: float | None = None, most: float | None = None, only_with: str = "", not_with: str = "",
+) -> Field:
     """A command-line flag: its line of help, one default or two (the toy's, real models'), and its limits.
 
     only_with, not_with: 'name' or 'name=value' of another flag without which, or with which, this one does
@@ -187,7 +190,7 @@ class Args:
     dry_run: bool = flag("say what memory a GPU needs for this run, and stop", False)
 
 
-def parse(cls, doc: str) -> Args:
+def parse(cls: type[Args], doc: str) -> Args:
     """Args of class `cls` from the command line; what cannot be right is one line and exit code 2.
 
     With torchrun this process joins the others.
@@ -198,7 +201,7 @@ def parse(cls, doc: str) -> Args:
     return read(cls, doc)
 
 
-def read(cls, doc: str) -> Args:
+def read(cls: type[Args], doc: str) -> Args:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a letter that the locale has not is written as its number
             stream.reconfigure(errors="backslashreplace")
@@ -250,7 +253,7 @@ def parse_early():
     read(names["Args"], ast.get_docstring(tree))
 
 
-def holds(args, condition: str) -> bool:
+def holds(args: Args, condition: str) -> bool:
     """Is the flag of this name given, or does it have this value?"""
     name, _, value = condition.partition("=")
     return getattr(args, name) == value if value else bool(getattr(args, name))

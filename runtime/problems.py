@@ -13,8 +13,9 @@ from runtime.cache import kept_verdicts
 from runtime.files import READERS, as_text, load_dataset, read_file
 from runtime.flags import TOYS, Args, check, fail
 from runtime.progress import bar, waiting
+from runtime.reward import OwnReward
 from runtime.rows import Codec, Problem
-from runtime.verification import RIGHT, UNPARSED
+from runtime.verification import RIGHT, UNPARSED, Verifier
 
 SYSTEM = ("Think step by step before you answer. Write your thinking between <think> and </think>, "
           "and after it the final answer in \\boxed{}.")
@@ -56,7 +57,7 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
     return rows
 
 
-def read_demonstration(value) -> str | None:
+def read_demonstration(value: object) -> str | None:
     """An expert's response: text, or what the assistant says last in chat messages; None: neither."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         said = [message for message in value if message.get("role", "assistant") == "assistant"]
@@ -118,8 +119,10 @@ def render(codec: Codec, messages: list[dict], prompt_end: str) -> str:
     return codec.bos * (not text.startswith(codec.bos)) + text + prompt_end
 
 
-def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_prompt: int,
-                  system: str = SYSTEM, prompt_end: str = "", part: str = "") -> list[Problem]:
+def load_problems(
+    source: str, rows: list[dict], codec: Codec, verifier: Verifier | OwnReward, max_prompt: int,
+    system: str = SYSTEM, prompt_end: str = "", part: str = "",
+) -> list[Problem]:
     """The usable rows, rendered with the chat template. What is left out is counted and said.
 
     system: message for rows that have none; empty: rows get none, and lose their own.
@@ -168,7 +171,7 @@ def load_problems(source: str, rows: list[dict], codec: Codec, verifier, max_pro
     return problems
 
 
-def find_unusable_golds(problems: list[Problem], verifier) -> dict[str, str]:
+def find_unusable_golds(problems: list[Problem], verifier: Verifier | OwnReward) -> dict[str, str]:
     """Answers that no response can be compared with, and why: the reason names the first such answer."""
     golds = list(dict.fromkeys(problem.answer for problem in problems))
     unusable, reasons = {}, {}
@@ -181,7 +184,7 @@ def find_unusable_golds(problems: list[Problem], verifier) -> dict[str, str]:
     return unusable
 
 
-def leave_out_demonstrations(source: str, problems: list[Problem], verifier):
+def leave_out_demonstrations(source: str, problems: list[Problem], verifier: Verifier | OwnReward):
     """Takes away, and counts, demonstrations whose answer is missing or wrong: nobody should imitate them."""
     demonstrated = [(problem, text) for problem in problems for text in problem.demonstrations]
     verdicts = verifier([problem.answer for problem, _ in demonstrated], [text for _, text in demonstrated])
@@ -239,8 +242,11 @@ def slice_names(sources: list[str]) -> dict[str, str]:
             depths[source] += taken[shared] > 1
 
 
-def load_data(args: Args, train_rows, held_out_rows, codec: Codec, verifier):
-    """Problems to train on and held-out problems (lists of Problem) from what read_data has read."""
+def load_data(
+    args: Args, train_rows: list[dict], held_out_rows: list[tuple[str, int, list[dict]]], codec: Codec,
+    verifier: Verifier | OwnReward,
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems to train on and held-out problems from what read_data has read."""
     none = args.system == "none" or args.system.isspace()
     options = {"system": "" if none else args.system or SYSTEM, "prompt_end": args.prompt_end}
     problems = []

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -82,7 +83,7 @@ def workers() -> int:
 
 
 # ------------------------------------------------------------------------------------------ shared work
-def gather(value=None) -> list:
+def gather(value: object = None) -> list:
     """The values of all processes in the order of their ranks. Nobody goes on before everybody is here."""
     values = [value] * world()
     if world() > 1:
@@ -90,7 +91,7 @@ def gather(value=None) -> list:
     return values
 
 
-def spread(function, *lists: list) -> list:
+def spread(function: Callable[..., list], *lists: list) -> list:
     """function(*lists), which has a result for each of their items: a process works on every world-th."""
     results = [None] * len(lists[0])
     for start, part in enumerate(gather(function(*[items[rank()::world()] for items in lists]))):
@@ -99,7 +100,7 @@ def spread(function, *lists: list) -> list:
 
 
 @contextlib.contextmanager
-def first_of_machine_ahead():
+def first_of_machine_ahead() -> Iterator[None]:
     """Where a file or a cache is made on first use: by one process, which then lets the others in."""
     ahead = not int(os.environ.get("LOCAL_RANK", 0))
     if not ahead:
@@ -110,7 +111,7 @@ def first_of_machine_ahead():
 
 
 # ------------------------------------------------------------------------------------------ their end
-def end_all(code: int, explain):
+def end_all(code: int, explain: Callable[[], None]):
     """After a failure: the first process that fails explains, and all end; alone, the caller ends this one.
 
     What the others run into is a consequence, and a collective that waits for one of them would never end.
@@ -129,7 +130,7 @@ def end_all(code: int, explain):
     os._exit(code)
 
 
-def end_with_the_others(own_store):
+def end_with_the_others(own_store: dist.Store):
     """A thread's work: it waits for a failure elsewhere while the process may hang in a collective."""
     try:
         own_store.wait(["ended"], timedelta(days=365))

@@ -3,6 +3,8 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,16 +21,16 @@ class LateBar(tqdm):
     def due(self) -> bool:
         return time.time() >= getattr(self, "start_t", 0) + self.delay
 
-    def refresh(self, **options):
+    def refresh(self, **options: Any):
         if self.due():
             super().refresh(**options)
 
-    def clear(self, **options):
+    def clear(self, **options: Any):
         if self.due():
             super().clear(**options)
 
 
-def bar(items=None, **options) -> tqdm:
+def bar(items: Iterable | None = None, **options: Any) -> tqdm:
     """A bar over the items, below the run's own bar, from PATIENCE seconds on; it goes away at its end.
 
     options: those of tqdm. vLLM takes this function as it is.
@@ -38,7 +40,7 @@ def bar(items=None, **options) -> tqdm:
 
 
 @contextlib.contextmanager
-def waiting(what: str):
+def waiting(what: str) -> Iterator[None]:
     """Says `what` is being done once it has taken PATIENCE seconds, and again every AGAIN seconds.
 
     For what has no number of parts to count. Around a block, or a function's decorator.

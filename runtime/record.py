@@ -13,8 +13,10 @@ import sys
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,8 +25,9 @@ from tqdm import tqdm
 
 from runtime import processes
 from runtime.flags import Args, fail
+from runtime.policy import Policy
 from runtime.progress import waiting
-from runtime.rows import Codec, Row
+from runtime.rows import Codec, Problem, Row
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be in a run of one process
 # Flags that may change when a run is resumed: no result depends on them (on --eval_every what is logged does).
@@ -33,7 +36,7 @@ FREE = {"resume", "steps", "name", "tracker", "save_every", "keep", "device", "r
 
 
 @contextlib.contextmanager
-def unreadable(path: Path):
+def unreadable(path: Path) -> Iterator[None]:
     """One line for a file that was cut or spoiled."""
     try:
         yield
@@ -114,7 +117,7 @@ class Record:
         os.replace(self.folder / "args.new", self.folder / "args.json")  # whole or not at all
 
     # ---- metrics
-    def log(self, name: str, total, count=1):
+    def log(self, name: str, total: float | torch.Tensor, count: int = 1):
         """Adds `count` values, whose sum is `total`, to a mean over the step; with count 0 adds to a sum.
 
         For what every process knows; what it knows of its own rows alone is for log_own.
@@ -122,13 +125,13 @@ class Record:
         self.sums[name][0] += total
         self.sums[name][1] += count
 
-    def log_own(self, name: str, total, count=1):
+    def log_own(self, name: str, total: float | torch.Tensor, count: int | torch.Tensor = 1):
         """The same for a process's own rows: sums and counts of all processes are added at the step's end."""
         self.own_sums[name][0] += total.detach() if torch.is_tensor(total) else total
         self.own_sums[name][1] += count
 
     @contextlib.contextmanager
-    def timer(self, name: str):
+    def timer(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.log(f"seconds/{name}", time.perf_counter() - start, 0)
@@ -245,7 +248,7 @@ class Record:
             dcp.load(tensors, checkpoint_id=path, no_dist=processes.world() == 1)
 
     # ---- from the first line to the last
-    def announce(self, policy, train: list, held_out: list, plan: str):
+    def announce(self, policy: Policy, train: list[Problem], held_out: list[Problem], plan: str):
         """Says what the run will do, and shows a rendered prompt and its demonstration."""
         args, example = self.args, (train or held_out)[0]
         device = f"{processes.world()} x " * (processes.world() > 1) + policy.device.type
@@ -266,7 +269,7 @@ class Record:
             signal.signal(number, self.on_signal)
         self.bar = tqdm(total=self.args.steps, initial=step, desc=self.script, unit="step")
 
-    def on_signal(self, number, _frame):
+    def on_signal(self, number: int, _frame: FrameType | None):
         signal.signal(number, signal.SIG_DFL)
         self.stop_signal = number
         tqdm.write("ending after this step, with a checkpoint; a second signal ends at once")

@@ -7,14 +7,16 @@ import importlib.util
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime import processes
 from runtime.flags import fail
+from runtime.rows import Codec, Problem, Row
 from runtime.verification import RIGHT, WRONG
 
 
-def load_function(source: str):
+def load_function(source: str) -> Callable[[dict, str], float]:
     """The function of --reward; what is wrong with it is one line."""
     path, _, name = source.rpartition(":")
     if not Path(path).is_file() or Path(path).suffix != ".py":
@@ -43,7 +45,7 @@ class OwnReward:
     def __init__(self, source: str):
         self.source, self.function = source, load_function(source)
 
-    def reward(self, problem, text: str) -> float:
+    def reward(self, problem: Problem, text: str) -> float:
         where = f"--reward {self.source}, row {problem.index} of {problem.part}"
         try:
             reward = self.function(problem.row, text)
@@ -65,7 +67,7 @@ class OwnReward:
         """Every reference can be used."""
         return [RIGHT] * len(golds)
 
-    def judge(self, rows, codec) -> tuple[list[str], list[int]]:
+    def judge(self, rows: list[Row], codec: Codec) -> tuple[list[str], list[int]]:
         """Sets row.reward, of responses that were cut too; returns texts, and RIGHT where the reward is 1."""
         texts = [codec.text(row) for row in rows]
         problems = [row.problem for row in rows]

@@ -128,7 +128,7 @@ def make_documents(progress: float, q: float, rng: random.Random) -> list[list[t
             pieces += [(fact[:-3], 0.0), (fact[-3:-1], 1.0), ("\n", 0.0)]
         return [pieces]
 
-    def chat(chain, mark, *reply):
+    def chat(chain: Chain, mark: str, *reply: tuple[str, float]) -> list[tuple[str, float]]:
         prompt = f"<|im_start|>user\n{chain.question(mark)}<|im_end|>\n<|im_start|>assistant\n"
         return [(prompt, 0.1), *reply]
 

@@ -12,12 +12,19 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.normalise import comparable, normalise, prose, same
+
+if TYPE_CHECKING:
+    from sympy import Basic, MatrixBase, Number
+
+    from runtime.rows import Codec, Row
 
 ANSWER_SECONDS = 3.0        # wall clock for one answer
 ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
@@ -57,7 +64,7 @@ def box_content(text: str, start: int) -> str | None:
     return None
 
 
-def read(text: str):
+def read(text: str) -> "Basic | MatrixBase | None":
     """What math-verify makes of a normalised text, a sympy object; None if it holds it only as text.
 
     Only the whole text counts: not a number somewhere in a text that it cannot parse.
@@ -136,7 +143,7 @@ def chain_holds(text: str) -> bool:
                for number in numbers)
 
 
-def as_set(found):
+def as_set(found: "Basic | MatrixBase") -> "Basic | MatrixBase":
     """A condition, or several of which one holds, as a set: x < 1, x > 2 as (-oo, 1) ∪ (2, oo)."""
     from sympy import And, FiniteSet, Ge, Gt, Le, Lt, Union
 
@@ -146,11 +153,11 @@ def as_set(found):
     return found
 
 
-def near(gold, answer, tolerance: float = NEAR) -> bool:
+def near(gold: "Basic | MatrixBase", answer: "Basic | MatrixBase", tolerance: float = NEAR) -> bool:
     """Whether real numbers differ by at most this share of the larger, alone or as elements of two things."""
     from sympy import Eq, Expr, MatrixBase, Set, Tuple
 
-    def numbers(found) -> list:
+    def numbers(found: "Basic | MatrixBase") -> "list[Number]":
         parts = [found]
         if isinstance(found, (MatrixBase, Set, Tuple)):
             parts = found.flat() if isinstance(found, MatrixBase) else found.args
@@ -158,7 +165,7 @@ def near(gold, answer, tolerance: float = NEAR) -> bool:
         values = [part.evalf() for part in parts if isinstance(part, Expr) and part.is_number]
         return sorted(value for value in values if value.is_Number and value.is_finite)  # real numbers
 
-    def close(one, other) -> bool:
+    def close(one: "Number", other: "Number") -> bool:
         return abs(one - other) <= tolerance * max(abs(one), abs(other))
 
     golds, answers = numbers(gold), numbers(answer)
@@ -216,8 +223,11 @@ class Verifier:
         processes of a run.
     """
 
-    def __init__(self, workers: int = os.cpu_count(), spread=lambda function, *lists: function(*lists),
-                 bar=lambda items, **options: items):
+    def __init__(
+        self, workers: int = os.cpu_count(),
+        spread: Callable[..., list] = lambda function, *lists: function(*lists),
+        bar: Callable[..., Iterable] = lambda items, **options: items,
+    ):
         """spread(function, *lists): by what the work is shared among the processes of a run.
 
         bar(items, total, desc, unit): the items, and a bar while one goes through them.
@@ -290,7 +300,7 @@ class Verifier:
         verdicts = dict(zip(boxable, self.decide(boxable)))
         return [verdicts.get((gold,), UNPARSED) for gold in golds]
 
-    def judge(self, rows, codec) -> tuple[list[str], list[int | None]]:
+    def judge(self, rows: "list[Row]", codec: "Codec") -> tuple[list[str], list[int | None]]:
         """Sets row.reward: 1.0 for a right answer in the box after </think>, else 0.0; 0.0 if it was cut.
 
         Returns the responses' texts and their verdicts.
