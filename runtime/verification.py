@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
     from runtime.rows import Codec, Row
 
-ANSWER_SECONDS = 3.0        # wall clock for one answer
+ANSWER_SECONDS = 3.0        # of a processor, for one answer: a busy machine changes no verdict
 ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
 ANSWER_CHARACTERS = 10_000  # a longer boxed answer is wrong unread
 NEAR = 1e-4                 # relative difference of numbers that are the same
 CHAIN_SIDES = 20            # of a longer chain of equations nothing is read
 KNOWN_VERDICTS = 1_000_000  # kept in memory, the newest: about 100 bytes each, however long the answers
-RIGHT, WRONG, UNPARSED, TIMEOUT, CRASH = 0, 1, 2, -signal.SIGALRM, -signal.SIGKILL
+RIGHT, WRONG, UNPARSED, TIMEOUT, CRASH = 0, 1, 2, -signal.SIGPROF, -signal.SIGKILL
 NAMES = {RIGHT: "right", WRONG: "wrong", UNPARSED: "unparsed", TIMEOUT: "timeout",
          None: "no answer"}  # any other verdict is a crash
 
@@ -175,9 +175,9 @@ def near(gold: "Basic | MatrixBase", answer: "Basic | MatrixBase", tolerance: fl
 def serve_verdicts(seconds: float, megabytes: int):
     """A JSON line [gold, answer], or [gold], in, a verdict line out, one at a time.
 
-    A forked child does the work under limits that the kernel keeps: SIGALRM without a handler ends it
-    `seconds` after an answer came in, whatever it computes, and whether its parents still live or not. Then
-    another child takes its place.
+    A forked child does the work under limits that the kernel keeps: SIGPROF without a handler ends it after so
+    many `seconds` of a processor on an answer, whatever it computes, and whether its parents still live or not.
+    Then another child takes its place.
     """
     asked = mmap.mmap(-1, 1)  # shared: is the child at work on an answer?
 
@@ -187,13 +187,13 @@ def serve_verdicts(seconds: float, megabytes: int):
             if not line:
                 os._exit(0)
             asked[0] = 1
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 texts = json.loads(line)
                 verdict = compare(*texts) if len(texts) == 2 else check_gold(*texts)
             except Exception:  # whatever math-verify stumbles over: the answer is counted as unparsed
                 verdict = UNPARSED
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             print(verdict, flush=True)
             asked[0] = 0
         os._exit(3)
@@ -211,7 +211,7 @@ def serve_verdicts(seconds: float, megabytes: int):
         if child == 0:
             serve()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if asked[0]:  # killed at work: by SIGALRM in time, or for its memory
+        if asked[0]:  # killed at work: by SIGPROF in time, or for its memory
             print(code if code < 0 else CRASH, flush=True)
             asked[0] = 0
 
