@@ -47,7 +47,7 @@ def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1, cards
         "their gradients, in bfloat16 and in float32": 6 * ends + 6 * layer,
         "inputs of the layers": 2 * layers * hidden * micro_tokens,
         "inside one layer": (28 * hidden + 14 * inner) * micro_tokens,
-        "logits of a chunk": 12 * policy.LOGIT_CHUNK * config.vocab_size,
+        "logits of a chunk": 12 * policy.logit_chunk(config.vocab_size, "cuda") * config.vocab_size,
     }
 
 

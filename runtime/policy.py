@@ -14,7 +14,7 @@ from runtime import processes
 from runtime.flags import Args, fail
 from runtime.rows import Batch, Codec
 
-LOGIT_CHUNK = 256  # tokens whose logits are held at once
+LOGIT_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}  # of a chunk's logits and of what is computed from them
 ROUNDING = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token by which two passes may differ: float32, bfloat16
 SMALL = 5_000_000  # parameters up to which a CPU gets one thread by default, see bench/threads.py
 LARGE = 200_000_000  # parameters from which on nobody wants a CPU without having said so
@@ -116,6 +116,29 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy
+def logit_chunk(vocabulary: int, device: str) -> int:
+    """Tokens whose logits are held at once: as many as LOGIT_BYTES have room for, a power of 2.
+
+    12 bytes a logit: there are at most three tensors of that size at a time, in float32.
+    """
+    return 1 << max(0, (LOGIT_BYTES[device] // (12 * vocabulary)).bit_length() - 1)
+
+
+def compute_logits(x, weight, bias, temperature: float):
+    """Logits (chunk, V) of hidden states x (chunk, H), divided by the temperature, at least in float32.
+
+    On a card the product of bfloat16 is not rounded to bfloat16, which would move logits of 16 to 32 by up to
+    0.06: nor is vLLM's, whose head_dtype makes the same call of mm.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        z = torch.mm(x, weight.T, out_dtype=torch.float32)  # for which torch has no gradient and no CPU kernel
+        z = z if bias is None else z.add_(bias)
+    else:
+        z = F.linear(x, weight, bias)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z if temperature == 1 else z.div_(temperature)
+
+
 class TokenLogprobs(torch.autograd.Function):
     """log p of targets and entropy H, without keeping logits z: backward recomputes them.
 
@@ -125,16 +148,15 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, entropy):
-        logp, h, lse = [], [], []
-        for x, y in zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK)):
-            z = F.linear(x, weight, bias)                                 # (chunk, V)
-            z = z.to(torch.promote_types(z.dtype, torch.float32)).div_(temperature)
+        logp, h, lse, chunk = [], [], [], logit_chunk(len(weight), hidden.device.type)
+        for x, y in zip(hidden.split(chunk), targets.split(chunk)):
+            z = compute_logits(x, weight, bias, temperature)              # (chunk, V)
             lse.append(z.logsumexp(dim=-1))
             logp.append(z.gather(1, y[:, None])[:, 0] - lse[-1])          # log p = z_y - lse(z)
             p_z = (z - lse[-1][:, None]).exp_().mul_(z).sum(dim=-1) if entropy else lse[-1]
             h.append(lse[-1] - p_z)                                       # H = lse(z) - Σ p z
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(lse), torch.cat(h))
-        ctx.temperature, ctx.entropy = temperature, entropy
+        ctx.temperature, ctx.entropy, ctx.chunk = temperature, entropy, chunk
         return torch.cat(logp), torch.cat(h)
 
     @staticmethod
@@ -143,17 +165,16 @@ class TokenLogprobs(torch.autograd.Function):
         dtype = rows[1].dtype  # float32 also for bfloat16 weights: it sums over many chunks
         grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=dtype)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
-        parts = zip(*(part.split(LOGIT_CHUNK) for part in (hidden, *rows, grad_logp, grad_h)))
-        for x, y, lse, h, g, g_h in parts:
-            z = F.linear(x, weight, bias)
-            z = z.to(lse.dtype).div_(ctx.temperature).sub_(lse[:, None])  # log p of every word
+        rows += [grad_logp / ctx.temperature, grad_h / ctx.temperature]   # z is divided by it: so is d
+        for x, y, lse, h, g, g_h in zip(*(part.split(ctx.chunk) for part in (hidden, *rows))):
+            z = compute_logits(x, weight, bias, ctx.temperature).sub_(lse[:, None])  # log p of every word
             p = z.exp() if ctx.entropy else z.exp_()
             if ctx.entropy:
                 d = z.add_(h[:, None]).mul_(-g_h[:, None]).sub_(g[:, None]).mul_(p)   # dH/dz = -p (log p + H)
             else:
                 d = p.mul_(-g[:, None])                                   # d log p_y / dz = 1[y] - p
             d.scatter_add_(1, y[:, None], g[:, None])
-            d = d.div_(ctx.temperature).to(weight.dtype)
+            d = d.to(weight.dtype)
             grad_hidden.append(d @ weight)
             if grad_weight.dtype == d.dtype:
                 grad_weight.addmm_(d.T, x)
@@ -169,7 +190,7 @@ def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entr
     """Log-prob of each target token and entropy of its distribution at the sampling temperature, in nats.
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) ids. Returns two (N,) tensors with gradient,
-    the second of zeros without `entropy`. No more than LOGIT_CHUNK x V logits exist at a time.
+    the second of zeros without `entropy`. Of no more than logit_chunk() tokens do logits exist at a time.
     """
     return TokenLogprobs.apply(hidden, weight, bias, targets, temperature, entropy)
 

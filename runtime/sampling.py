@@ -208,12 +208,12 @@ class VLLMSampler:
                        "gpu_memory_utilization": gpu_memory_utilization}
         if processes.world() > 1:  # an engine for each process, on its card
             options["distributed_executor_backend"] = "external_launcher"
-        changed = {name: getattr(model.config, name)
+        changed = {name: getattr(model.config, name)  # by --rope_theta and --max_positions
                    for name in ("rope_parameters", "max_position_embeddings") if hasattr(model.config, name)}
         try:
             self.engine = vllm.LLM(
                 model.name_or_path, load_format="dummy", skip_tokenizer_init=True,
-                hf_overrides=changed,  # by --rope_theta and --max_positions
+                hf_overrides=changed | {"head_dtype": "float32"},  # as policy.compute_logits has it
                 logprobs_mode="processed_logprobs",  # processed: after the temperature
                 max_model_len=max_model_len, **options)
         except Exception as error:  # whatever vLLM says of the model, the card and its memory is passed on

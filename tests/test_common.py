@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, load, save_model, write_jsonl
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import Row
@@ -31,7 +32,7 @@ def plain_logprobs(hidden, weight, bias, targets, temperature):
 @pytest.mark.parametrize("temperature", (0.3, 1.0, 1.7))
 @pytest.mark.parametrize("with_entropy, with_bias", ((True, True), (True, False), (False, True)))
 def test_chunked_log_probs_equal_the_plain_formula(monkeypatch, chunk, temperature, with_entropy, with_bias):
-    monkeypatch.setattr(policy, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(policy, "logit_chunk", lambda *_: chunk)
     torch.manual_seed(0)
     targets, weights = torch.randint(50, (17,)), torch.randn(2, 17, dtype=torch.float64)
     values, results = [torch.randn(size, dtype=torch.float64) for size in ((17, 8), (50, 8), (50,))], []
@@ -49,7 +50,7 @@ def test_chunked_log_probs_equal_the_plain_formula(monkeypatch, chunk, temperatu
 @pytest.mark.parametrize("with_bias", (True, False))
 def test_bfloat16_weights_get_gradients_that_are_summed_in_float32(monkeypatch, with_bias):
     """As on a card, whose layers are cast to bfloat16: 400 chunks, whose sum is rounded once and not 400 times."""
-    monkeypatch.setattr(policy, "LOGIT_CHUNK", 4)
+    monkeypatch.setattr(policy, "logit_chunk", lambda *_: 4)
     torch.manual_seed(0)
     targets, weights, results = torch.randint(50, (1600,)), torch.rand(2, 1600), []
     values = [torch.randn(size).bfloat16() for size in ((1600, 8), (50, 8), (50,))]
@@ -65,25 +66,59 @@ def test_bfloat16_weights_get_gradients_that_are_summed_in_float32(monkeypatch, 
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=bound * expected.abs().max().item())
 
 
-class Largest(TorchDispatchMode):
-    """Watches every tensor that an operation returns, in backward too."""
-    numbers = 0
+class Watch(TorchDispatchMode):
+    """Notes the name, shape and dtype of all that an operation returns, in backward too."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple) else (result,):
-            self.numbers = max(self.numbers, tensor.numel() if torch.is_tensor(tensor) else 0)
+            if torch.is_tensor(tensor):
+                self.seen.append((str(function), tensor.shape, tensor.dtype))
         return result
 
 
 @pytest.mark.parametrize("with_entropy", (True, False))
 def test_logits_exist_for_a_chunk_of_tokens_at_a_time(monkeypatch, with_entropy):
-    monkeypatch.setattr(policy, "LOGIT_CHUNK", 4)
+    monkeypatch.setattr(policy, "logit_chunk", lambda *_: 4)
     hidden, weight = torch.randn(64, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
-    with Largest() as largest:
+    with Watch() as watch:
         logp, entropy = policy.token_logprobs(hidden, weight, None, torch.arange(64), entropy=with_entropy)
         (logp + (entropy if with_entropy else 0)).sum().backward()
-    assert largest.numbers == 4 * 1000
+    assert max(shape.numel() for _, shape, _ in watch.seen) == 4 * 1000
+
+
+@pytest.mark.parametrize("device, vocabulary, rows", (
+    ("cuda", 151_936, 1024), ("cuda", 32_000, 4096), ("cpu", 151_936, 256), ("cpu", 1 << 26, 1), ("cpu", 1 << 27, 1)))
+def test_a_chunk_of_logits_goes_by_memory(device, vocabulary, rows):
+    assert policy.logit_chunk(vocabulary, device) == rows
+    assert rows == 1 or rows * 12 * vocabulary <= policy.LOGIT_BYTES[device] < 2 * rows * 12 * vocabulary
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+def test_logits_are_divided_by_a_temperature_only_if_it_is_not_1(temperature):
+    hidden, weight = torch.randn(8, 2, requires_grad=True), torch.randn(1000, 2, requires_grad=True)
+    with Watch() as watch:
+        logp, _ = policy.token_logprobs(hidden, weight, None, torch.arange(8), temperature)
+        logp.sum().backward()
+    divided = [name for name, shape, _ in watch.seen if "div" in name and shape == (8, 1000)]
+    assert len(divided) == (0 if temperature == 1 else 2)  # forward and backward
+
+
+@pytest.mark.parametrize("with_bias", (True, False))
+@pytest.mark.parametrize("device, product", (("cuda", "aten.mm.dtype"), ("cpu", "aten.mm.default")))
+def test_on_a_card_logits_are_never_in_bfloat16(device, product, with_bias):
+    """Without a card: which operations there would be, on which shapes and dtypes."""
+    with FakeTensorMode(), Watch() as watch, torch.device(device):
+        hidden, weight, bias = [torch.empty(size, dtype=torch.bfloat16) for size in ((40, 8), (1000, 8), (1000,))]
+        logits = policy.compute_logits(hidden, weight, bias if with_bias else None, 0.7)
+    assert (logits.dtype, logits.shape) == (torch.float32, (40, 1000))
+    made = [(name, dtype) for name, shape, dtype in watch.seen if shape == (40, 1000)]
+    assert made[0][0] == (product if device == "cuda" or not with_bias else "aten.addmm.default")
+    assert (torch.bfloat16 in {dtype for _, dtype in made}) == (device == "cpu")
 
 
 # ------------------------------------------------------------------------------------------ a batch of rows

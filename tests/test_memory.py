@@ -71,7 +71,7 @@ ROOM = {  # card in GiB, --offload, what is said
     "too small alone": (24, [], "it takes more cards, or --offload"),
     "enough with offload": (24, ["--offload"], None),
     "too small even so": (4, ["--offload"], "it takes more or larger cards"),
-    "no room for a micro-batch": (80, ["--micro_tokens", "300000"], "lower --micro_tokens to at most 195737"),
+    "no room for a micro-batch": (80, ["--micro_tokens", "300000"], "lower --micro_tokens to at most 190235"),
     "a share that fits": (80, ["--gpu_memory_utilization", "0.68"], None),
     "a share beside moments that come later": (80, ["--gpu_memory_utilization", "0.8"],
                                                "--gpu_memory_utilization at most 0.68"),

@@ -130,6 +130,11 @@ def test_log_probs_are_the_trainers(pair, temperature):
     assert gap(model, SHORT, responses, temperature + 0.3) > 2 * CLOSE
 
 
+def test_the_head_is_in_float32_as_the_trainers(pair):
+    config = pair[0].engine.llm_engine.model_config
+    assert (config.head_dtype, config.dtype) == (torch.float32, torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+
+
 def test_seeds_repeat_and_each_request_has_its_own(pair):
     sampler, _ = pair
     prompts = [SHORT[0]] * 8
