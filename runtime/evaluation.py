@@ -72,7 +72,7 @@ def evaluate(args, step: int, held_out, sampler, verifier, codec, path) -> dict[
     Returns accuracy/<slice> and, where a problem has several samples, pass@k/<slice>.
     """
     problems = [problem for problem in held_out for _ in range(problem.samples)]
-    rows = sampler.rows(problems, args.eval_response, args.eval_temperature, args.seed)
+    rows = sampler.rows(problems, args.eval_response, args.eval_temperature, args.seed, logprobs=False)
     texts, verdicts = verifier.judge(rows, codec)
     if processes.first():
         write_answers(path, step, rows, texts, verdicts)

@@ -33,7 +33,7 @@ class Row:
     """One response to one prompt: a rollout of the policy, a demonstration, or one that the policy finished."""
     problem: Problem
     response: list[int]                      # token ids, with EOS unless it was cut
-    sampler_logp: list[float] | None = None  # log-probs of sampled tokens by the sampler; None: not sampled
+    sampler_logp: list[float] | None = None  # log-probs of sampled tokens by the sampler, if it was asked
     is_demo: bool = False
     reward: float = 0.0
     advantage: float = 0.0

@@ -1,8 +1,8 @@
 """Sampling responses: with transformers on a CPU, with vLLM on a GPU.
 
-Both have three methods. generate(prompts, max_tokens, temperature, seed, numbers) takes token ids and returns,
-for each prompt, the token ids of one response and their log-probs; max_tokens is a number, or one for each
-prompt. update(weights) hands the trainer's over; differing(weights) names those that did not arrive.
+Both have three methods. generate(prompts, max_tokens, temperature, seed, numbers, logprobs) takes token ids and
+returns, for each prompt, the token ids of one response and, if asked, their log-probs; max_tokens is a number, or
+one for each prompt. update(weights) hands the trainer's over; differing(weights) names those that did not arrive.
 A row's noise depends on the seed and on its number in the batch of all processes, and on nothing else: so the
 samples do not depend on how many processes there are.
 """
@@ -99,10 +99,10 @@ class TransformersSampler:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_tokens: int | list[int], temperature: float, seed: int,
-                 numbers: list[int] | None = None):
+                 numbers: list[int] | None = None, logprobs: bool = True):
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
-        numbers: of the rows in the batch of all processes; by default 0, 1, ...
+        numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs None for them.
         Temperature 0 takes the likeliest token each time; its log-prob is that at temperature 1.
         """
         self.model.eval()
@@ -120,7 +120,8 @@ class TransformersSampler:
         length = (is_eos.cumsum(dim=1) - is_eos == 0).sum(dim=1)  # of the tokens that have no EOS before them
         length = length.minimum(limit)
         rows = zip(tokens.tolist(), logp.tolist(), length.tolist())
-        return [(response[:size], response_logp[:size]) for response, response_logp, size in rows]
+        return [(response[:size], response_logp[:size] if logprobs else None)
+                for response, response_logp, size in rows]
 
     def decode(self, tokens, mask, number, noise, limit, temperature: float):
         """Responses and their log-probs, both (rows, max_tokens), padded behind EOS and each row's limit.
@@ -223,15 +224,15 @@ class VLLMSampler:
         sys.excepthook = explain  # where vLLM has made the first process group, torch's stands here
 
     def generate(self, prompts: list[list[int]], max_tokens: int | list[int], temperature: float, seed: int,
-                 numbers: list[int] | None = None):
+                 numbers: list[int] | None = None, logprobs: bool = True):
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
-        numbers: of the rows in the batch of all processes; by default 0, 1, ...
+        numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs None for them.
         """
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         settings = [self.settings(
-            temperature=temperature, max_tokens=limit, logprobs=0, detokenize=False,
-            seed=own_seed,
+            temperature=temperature, max_tokens=limit, detokenize=False, seed=own_seed,
+            logprobs=0 if logprobs else None, flat_logprobs=True,  # of the sampled tokens alone, in one list
             ignore_eos=True, stop_token_ids=self.eos,  # what ends a response for the trainer, no more
         ) for limit, own_seed in zip(limits(max_tokens, len(prompts)),
                                      row_seeds(seed, numbers or range(len(prompts))))]
@@ -240,11 +241,8 @@ class VLLMSampler:
         # Level 1 keeps the weights in host memory, so that the engine always wakes with the last hand-over's.
         # Level 2 drops them: a rollout after an evaluation, without a hand-over between, would be noise.
         self.engine.sleep(level=1)
-        responses = []
-        for result in results:
-            tokens, steps = result.outputs[0].token_ids, result.outputs[0].logprobs
-            responses.append((list(tokens), [step[token].logprob for token, step in zip(tokens, steps)]))
-        return responses
+        outputs = [result.outputs[0] for result in results]
+        return [(list(output.token_ids), output.logprobs.logprobs if logprobs else None) for output in outputs]
 
     def update(self, weights):
         """Takes the trainer's weights over, cast and in place, one (name, tensor) after the other."""
@@ -280,8 +278,9 @@ class Sampler:
             self.engine = TransformersSampler(model, policy.tokenizer, policy.codec.ends)
 
     def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int,
-             prefixes: list[list[int]] | None = None) -> list[Row]:
-        """One response to each problem, of at most max_tokens tokens, EOS included.
+             prefixes: list[list[int]] | None = None, logprobs: bool = True) -> list[Row]:
+        """One response to each problem, of at most max_tokens tokens, EOS included; with its log-probs or without.
+
 
         prefixes: token ids with which each response begins, fewer than max_tokens and no EOS; [] for none.
         A process samples all responses to every world-th problem, and has those of the others from them.
@@ -292,7 +291,7 @@ class Sampler:
         prefixes = prefixes or [[]] * len(problems)
         prompts = [problems[number].prompt + prefixes[number] for number in own]
         left = [max_tokens - len(prefixes[number]) for number in own]
-        responses = self.engine.generate(prompts, left, temperature, seed, own) if own else []
+        responses = self.engine.generate(prompts, left, temperature, seed, own, logprobs) if own else []
         sampled = {}
         for part in processes.gather(dict(zip(own, responses))):
             sampled |= part

@@ -145,3 +145,12 @@ def test_benchmarks_without_training_data_are_asked_in_our_words(qwen_math, make
                    "--max_prompt", "250", "--max_response", "5", "--eval_response", "5")
     assert run.train == [] and run.held_out[0].text == rendered(OURS)
     assert json.loads((run.record.folder / "args.json").read_text())["prompt_end"] == "<think>\n"
+
+
+def test_log_probs_are_asked_for_in_training_alone(coin_model, coin_data, make_run, shared_verifier, monkeypatch):
+    run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL)
+    batches, generate = [], run.sampler.engine.generate
+    monkeypatch.setattr(run.sampler.engine, "generate", lambda *args: batches.append(generate(*args)) or batches[-1])
+    run.rollout(run.train[:2])
+    run.evaluate()
+    assert [{type(logp) for _, logp in batch} for batch in batches] == [{list}, {type(None)}]

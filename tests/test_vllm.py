@@ -135,6 +135,22 @@ def test_the_head_is_in_float32_as_the_trainers(pair):
     assert (config.head_dtype, config.dtype) == (torch.float32, torch.float32 if DEVICE == "cpu" else torch.bfloat16)
 
 
+def test_log_probs_come_in_one_list_and_only_if_they_are_asked_for(pair, monkeypatch):
+    sampler, outputs = pair[0], []
+    generate = sampler.engine.generate
+
+    def noted(*arguments, **options):
+        results = generate(*arguments, **options)
+        outputs.append([type(result.outputs[0].logprobs).__name__ for result in results])
+        return results
+
+    monkeypatch.setattr(sampler.engine, "generate", noted)
+    asked, not_asked = [sampler.generate(SHORT, 20, 1.0, 0, None, logprobs) for logprobs in (True, False)]
+    assert outputs == [["FlatLogprobs"] * len(SHORT), ["NoneType"] * len(SHORT)]
+    assert all(len(tokens) == len(logp) for tokens, logp in asked)
+    assert not_asked == [(tokens, None) for tokens, _ in asked]
+
+
 def test_seeds_repeat_and_each_request_has_its_own(pair):
     sampler, _ = pair
     prompts = [SHORT[0]] * 8
