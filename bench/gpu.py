@@ -1,4 +1,4 @@
-"""What one CUDA card does with this repository: matrix rate, the update, a run's phases, the toy, the tests.
+"""What one CUDA card does with this repository: matrix rate, the update, a run's phases, the toy, vLLM's tests.
 
     python bench/gpu.py                          # needs 30 GB for temporary files: TMPDIR says where
     python bench/gpu.py --small                  # the same parts at sizes that suit a CPU too
@@ -45,7 +45,8 @@ FULL = SimpleNamespace(
         hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
         intermediate_size=8960, vocab_size=151_936, max_position_embeddings=4096),
     rows=16, prompt=1024, response=3072, updates=5,  # an update's rows, their tokens, how often it is timed
-    run=(16, 8, 512), toy=[], tests=[])              # a run's --prompts, --n, --max_response; flags
+    run=(16, 8, 512), toy=[],                        # a run's --prompts, --n, --max_response; flags
+    tests=["-n", "0", "-m", "", "tests/test_vllm.py"])
 SMALL = SimpleNamespace(
     matrix=256, config=dict(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -241,7 +242,8 @@ def toy_run(size, folder):
 
 
 def tests(size, folder):
-    code, output, seconds, _ = run_command([sys.executable, "-m", "pytest", "-q", *size.tests], ROOT)
+    command = ["env", "REQUIRE_VLLM=1", sys.executable, "-m", "pytest", "-q", *size.tests]  # else a card is hidden
+    code, output, seconds, _ = run_command(command, ROOT)
     yield "exit_code", code
     yield "last_line", output.strip().split("\n")[-1]
     yield "seconds", seconds

@@ -187,10 +187,10 @@ class VLLMSampler:
     """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
 
     def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float, on_cpu: bool,
-                 ends: list[int] | None = None):
+                 ends: list[int] | None = None, dtype: str = "bfloat16"):
         """An engine for the model's architecture. Its weights are random until update() hands them over.
 
-        ends: ids that end a response; None: the tokenizer's EOS.
+        ends: ids that end a response; None: the tokenizer's EOS. dtype: on a card; on a CPU it is float32.
         """
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the import reads both
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -205,7 +205,7 @@ class VLLMSampler:
             options = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 30,
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}
         else:
-            options = {"dtype": "bfloat16", "enable_sleep_mode": True,
+            options = {"dtype": dtype, "enable_sleep_mode": True,
                        "gpu_memory_utilization": gpu_memory_utilization}
         if processes.world() > 1:  # an engine for each process, on its card
             options["distributed_executor_backend"] = "external_launcher"

@@ -3,12 +3,14 @@ import ast
 import doctest
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tomllib
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import MORE, ROOT, SCRIPTS, SMALL, optional, run_script
 
 import common
@@ -162,6 +164,15 @@ def test_help_and_a_typo_wait_for_no_heavy_import(script, flags, code, tmp_path)
     modules = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "|" in line}
     assert "argparse" in modules
     assert not {"torch", "transformers", "datasets"} & modules
+
+
+@pytest.mark.skipif(bool(os.environ.get("REQUIRE_VLLM")), reason="vLLM's tests may use a card")
+def test_no_card_is_seen_by_the_tests_or_by_what_they_start(tmp_path):
+    show = tmp_path / "show.py"
+    show.write_text("import os; print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))")
+    assert run_script(show, cwd=tmp_path).stdout == "''\n"
+    assert subprocess.check_output([sys.executable, str(show)], text=True) == "''\n"
+    assert torch.cuda.device_count() == 0
 
 
 # ------------------------------------------------------------------------------------- what is installed

@@ -149,7 +149,6 @@ def dry_run(command_line, tmp_path, capsys):
     return run
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it speaks of the card that is there")
 def test_dry_run_says_what_fits_on_which_card(dry_run):
     output = dry_run("grpo")
     assert "1544M parameters" in output

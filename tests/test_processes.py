@@ -319,7 +319,6 @@ def test_a_mistake_on_all_processes_is_said_once(flags, said, coin_model, coin_d
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a card it has something to do")
 def test_offload_without_a_card_is_one_line(make_run, coin_model, coin_data, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--offload")

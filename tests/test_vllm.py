@@ -1,7 +1,8 @@
 """Rollout with vLLM: its log-probs and greedy outputs are the trainer's, before and after the weights change.
 
 One engine serves the tests of this process, since on a GPU there can be no second; runs are processes of their own.
-Without a GPU they run on a CPU build of vLLM, in float32.
+Without a GPU they run on a CPU build of vLLM; the engine is in float32 on both. On a card, which the other tests do not
+see: REQUIRE_VLLM=1 python -m pytest -n 0 -m "" tests/test_vllm.py
 """
 import copy
 import json
@@ -23,14 +24,19 @@ from runtime.rows import collate
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")  # before the import that reads them
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # compiling vLLM's sampler takes longer than these tests
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a card attention would round float32 to 10 bits
 if os.environ.get("REQUIRE_VLLM"):  # in CI these tests must not be skipped
     import vllm  # noqa: F401
 else:
     pytest.importorskip("vllm", reason="vLLM cannot be imported; README.md says how to install it",
                         exc_type=ImportError)
+    from vllm.platforms import current_platform
+    if not current_platform.is_cpu():
+        pytest.skip('vLLM needs the card, which is hidden from the other tests: REQUIRE_VLLM=1 python -m pytest -n 0 '
+                    '-m "" tests/test_vllm.py', allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLOSE = {"cpu": 1e-3, "cuda": 0.25}[DEVICE]  # nats, for a single token: float32, bfloat16
+CLOSE = 1e-3  # nats, for a single token, in float32
 TOKENIZER = toy.make_tokenizer()
 EOS, COMMA = TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids(",")
 SHORT = [[3 + (5 * i + j * j) % 40 for j in range(8 + i)] for i in range(24)]
@@ -58,7 +64,7 @@ def engine(folder):
     """The sampler and the trainer's model, and the weights with which both begin."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     sampler = sampling.VLLMSampler(model, TOKENIZER, max_model_len=400, gpu_memory_utilization=0.3,
-                                   on_cpu=DEVICE == "cpu")
+                                   on_cpu=DEVICE == "cpu", dtype="float32")
     model.logprobs = types.MethodType(policy.logprobs, model)
     return SimpleNamespace(sampler=sampler, model=model, weights=copy.deepcopy(model.state_dict()))
 
@@ -131,8 +137,9 @@ def test_log_probs_are_the_trainers(pair, temperature):
 
 
 def test_the_head_is_in_float32_as_the_trainers(pair):
+    """The engine of these tests is in float32 anyway: what counts is that it was asked, and has understood."""
     config = pair[0].engine.llm_engine.model_config
-    assert (config.head_dtype, config.dtype) == (torch.float32, torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    assert config.hf_config.head_dtype == "float32" and config.head_dtype == torch.float32
 
 
 def test_log_probs_come_in_one_list_and_only_if_they_are_asked_for(pair, monkeypatch):
@@ -188,8 +195,9 @@ def test_a_stale_engine_is_seen(pair, broken, folder, tmp_path, make_run, monkey
     if broken == "the packed head" and DEVICE == "cuda":
         pytest.skip("only a CPU's kernels pack it")
     data = write_jsonl(tmp_path / "data.jsonl", [{"problem": f"a={i:02d};a?", "answer": f"{i}"} for i in range(20)])
-    run = make_run("grpo", "--model", folder, "--data", data, "--rollout", "transformers", *SMALL)
+    run = make_run("grpo", "--model", folder, "--data", data, "--rollout", "transformers", "--device", "cpu", *SMALL)
     run.sampler.engine, run.policy.model = pair
+    run.policy.device = torch.device(DEVICE)
     assert run.sampler.hand_over(1, run.train[0]) == ""
     if broken == "collective_rpc":  # of the weights that were compared one differs
         monkeypatch.setattr(run.sampler.engine.engine, broken, lambda *args, **kwargs: None)
@@ -240,7 +248,7 @@ def luffy(folder, tmp_path_factory):
 
     def start(name, *flags, processes=1):
         result = run_script("luffy.py", "--model", folder, "--data", data, *SMALL, "--rollout", "vllm", "--name", name,
-                            *flags, cwd=place, processes=processes)
+                            "--gpu_memory_utilization", "0.3", *flags, cwd=place, processes=processes)
         assert result.returncode == 0, result.stderr[-3000:]
         return place / "runs" / name
 
