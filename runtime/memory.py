@@ -122,6 +122,18 @@ def host_bytes(parameters: int, optimizers: int = 1, cards: int = 1, offload: bo
     return max(4 * parameters * local, 2 * parameters * local + kept)
 
 
+def disk_bytes(config, parameters: int, optimizers: int = 1, keep: int = 1) -> tuple[int, int]:
+    """Bytes of a run's folder: the most at once, while a checkpoint is written beside `keep` others; at the end.
+
+    A checkpoint has weights and moments in float32, and a head that is the embedding once more; model/ is in the
+    model's own dtype. What is logged is small beside them.
+    """
+    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    checkpoint = (4 + 8 * optimizers) * parameters + 4 * head
+    model = (config.dtype or torch.float32).itemsize * parameters
+    return max((keep + 1) * checkpoint, keep * checkpoint + model), keep * checkpoint + model
+
+
 def count_parameters(config) -> int:
     """Of a model of this config, without its weights."""
     with torch.device("meta"):
@@ -180,4 +192,6 @@ def dry_run(args, script: str, device: torch.device):
                   "on each")
         host = host_bytes(parameters, optimizers, number, args.offload, min(8, number))
         print(f"host memory of a machine with {min(8, number)} card(s): {host / GIB:.0f} GiB")
+    most, end = (size / GIB for size in disk_bytes(config, parameters, optimizers, args.keep))
+    print(f"disk for runs/: {most:.0f} GiB while a checkpoint is written, {end:.0f} GiB at the end")
     raise SystemExit(0)

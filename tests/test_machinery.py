@@ -92,6 +92,20 @@ def test_a_step_without_any_gradient_is_one_with_a_gradient_of_0(make_policy):
     assert {state["step"].item() for state in policy.optimizers["rl"].state.values()} == {2}
 
 
+def test_a_checkpoint_is_read_into_the_tensors_that_stay(make_policy):
+    """No second copy of weights and moments is left in memory."""
+    policy, seen = make_policy(), []
+    policy.load(1, ["rl", "sft"], seen.append)
+    [state] = seen
+    moments = {name: state[name]["state"] for name in ("rl", "sft")}
+    for name, parameter in policy.model.named_parameters():
+        assert state["model"][name].data_ptr() == parameter.data_ptr()
+        for optimizer in moments:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                own = policy.optimizers[optimizer].state[parameter][moment]
+                assert moments[optimizer][name][moment].data_ptr() == own.data_ptr()
+
+
 def test_a_policy_that_was_saved_and_loaded_goes_on_to_the_bit(make_policy, tmp_path):
     """Also with moments that have rested since: `sft` makes no step between the two checkpoints."""
     policies = [make_policy("--warmup", "9") for _ in range(3)]

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, save_model
 
 import common
 from runtime import memory, policy
+from runtime.record import Record
 
 QWEN_MATH = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536,
@@ -125,6 +126,27 @@ def test_without_the_flag_vllm_gets_what_the_trainer_leaves(script, card, flags,
     if not flags:  # weights and moments, 12 bytes a parameter or 20, and a tenth of the card
         held = (20 if script == "relift" else 12) * 1_543_714_304 / memory.GIB
         assert 0 <= 0.9 * card - held - expected * card < 0.01 * card
+
+
+@pytest.mark.parametrize("script, moments", (("grpo", ["rl"]), ("relift", ["rl", "sft"])))
+def test_the_disk_that_a_run_needs(script, moments, coin_model, command_line, tmp_path):
+    """Measured on files: a checkpoint with the moments of each optimiser, and model/ in the dtype it came in."""
+    config = transformers.AutoConfig.from_pretrained(coin_model)
+    config.update({"hidden_size": 128, "intermediate_size": 512})
+    wide = save_model(transformers.Qwen2ForCausalLM(config).bfloat16(), tmp_path / "wide")
+    module = command_line(script, "--model", wide, "--data", "none.jsonl", *SMALL)
+    args = common.parse(module.Args, module.__doc__)
+    record, trained = Record(args), policy.Policy(args, torch.device("cpu"))
+    for name in moments:
+        trained.step(name, 1.0)
+    record.open()
+    record.save(1, {}, trained.state())
+    trained.save(record.folder / "model")
+    checkpoint, model = [sum(path.stat().st_size for path in (record.folder / part).rglob("*") if path.is_file())
+                         for part in ("checkpoint", "model")]
+    most, end = memory.disk_bytes(policy.load_config(args), trained.size(), len(moments))
+    assert end < checkpoint + model < 1.1 * end
+    assert most < 2 * checkpoint < 1.1 * most
 
 
 def test_a_toy_gets_a_share_too(command_line):
