@@ -188,18 +188,49 @@ def test_dry_run_says_what_fits_on_which_card(dry_run):
                                              "--max_response", "100000")
 
 
-def test_the_readmes_table_is_what_the_estimate_says():
-    rows = re.findall(r"^\| ([\d.]+B): H (\d+), (\d+) layers, I (\d+) \| (yes|no) \|(.*)\|$",
-                      (ROOT / "docs" / "cards.md").read_text(), re.M)
-    assert len(rows) >= 6
-    for _, hidden, layers, inner, offload, cells in rows:
-        large, offload = int(hidden) > 3000, offload == "yes"
+def cards_rows() -> list[tuple]:
+    """Of the table in docs/cards.md: name, config, its parameters, --offload, cells."""
+    found = re.findall(r"^\| ([\d.]+B): H (\d+), (\d+) layers, I (\d+) \| (yes|no) \|(.*)\|$",
+                       (ROOT / "docs" / "cards.md").read_text(), re.M)
+    rows = []
+    for name, hidden, layers, inner, offload, cells in found:
+        large = int(hidden) > 3000
         config = transformers.Qwen2Config(
             vocab_size=152064 if large else 151936, hidden_size=int(hidden), num_hidden_layers=int(layers),
             num_attention_heads=int(hidden) // (64 if hidden == "896" else 128),
             num_key_value_heads=(8 if hidden == "5120" else 4) if large else 2, intermediate_size=int(inner),
-            tie_word_embeddings=not large)
-        parameters = memory.count_parameters(config)
+            tie_word_embeddings=not large, dtype="bfloat16")
+        rows.append((name, config, memory.count_parameters(config), offload == "yes", cells))
+    return rows
+
+
+def test_the_first_hours_figures_are_what_the_estimate_says():
+    """docs/gpu.md: three cards, and the disk that 1.5B and 7B take."""
+    page, gib = (ROOT / "docs" / "gpu.md").read_text(), memory.GIB
+    rows = re.findall(r"^\| (24|48|80) \| `--model Qwen/Qwen2.5-(?:Math-)?([\d.]+B)( --offload)?` \|(.*)\|$", page,
+                      re.M)
+    sizes = {name: (config, parameters) for name, config, parameters, _, _ in cards_rows()}
+    assert len(rows) == 6 and {card for card, *_ in rows} == {"24", "48", "80"}
+    for card, name, offload, cells in rows:
+        config, parameters = sizes[name]
+        place, card = (1, 1, bool(offload)), int(card) * gib
+        share = memory.largest_share(parameters, card, *place)
+        update = sum(memory.parts(config, parameters, 16384, *place).values())
+        assert [cell.strip() for cell in cells.split("|")] == [
+            f"{update / gib:.1f}", f"{memory.largest_micro_tokens(config, parameters, card, *place):,}", f"{share:.2f}",
+            f"{memory.cache_tokens(config, parameters, share, card) // 4096}",
+            f"{memory.host_bytes(parameters, 1, 1, bool(offload)) / gib:.0f}"]
+    disk = [round(size / gib) for name in ("1.5B", "7B") for optimizers in (1, 2)
+            for size in memory.disk_bytes(*sizes[name], optimizers)]
+    said = re.search(r"takes, of 1.5B, (\d+) GiB at most and (\d+) at the end \(ReLIFT (\d+) and (\d+)\), "
+                     r"of 7B (\d+) and (\d+) \((\d+) and (\d+)\)", page)
+    assert list(map(int, said.groups())) == disk
+
+
+def test_the_readmes_table_is_what_the_estimate_says():
+    rows = cards_rows()
+    assert len(rows) >= 6
+    for _, config, parameters, offload, cells in rows:
         expected = []
         for cards in (1, 8):
             for card in memory.CARDS:
