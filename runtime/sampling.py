@@ -281,7 +281,6 @@ class Sampler:
              prefixes: list[list[int]] | None = None, logprobs: bool = True) -> list[Row]:
         """One response to each problem, of at most max_tokens tokens, EOS included; with its log-probs or without.
 
-
         prefixes: token ids with which each response begins, fewer than max_tokens and no EOS; [] for none.
         A process samples all responses to every world-th problem, and has those of the others from them.
         """
