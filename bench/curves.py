@@ -169,7 +169,7 @@ def make_table(evaluations: list[dict], methods: tuple[str, ...], part: str) -> 
 
     columns = ["", "easy", "hard", "ood", f"steps until {part} > 0.5", "time of a step, GRPO's = 1"]
     table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for method in methods:
+    for method in filter(runs.__contains__, methods):
         ends = [lines[-1] for lines in runs[method].values()]
         above = [next((line["step"] for line in lines if line[f"accuracy/{part}"] > 0.5), None)
                  for lines in runs[method].values()]
