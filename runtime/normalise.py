@@ -12,15 +12,21 @@ CHARACTERS = str.maketrans({
     "⁄": "/", "。": ".", "、": ",", "∶": ":", "∞": r"\infty ", "∈": r"\in ",
 })
 MARKED = (  # what NFKC would make x2, a1, 41/2 and o of
-    ("[⁰¹²³⁴-⁻ⁱⁿ]+", r"^{\g<0>}"), ("[₀-₋]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"), ("[°º˚]", r"^{\\circ}"),
-    (r"\.\.\.|…|\\[cd]dots|\\dots", r"\\ldots "),
+    ("[⁰¹²³⁴-⁻ⁱⁿ]+", r"^{\g<0>}"), ("[₀-₋]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0>"),
+    (r"\\(?:text|mathrm) ?\{ ?[°º˚] ?\}|[°º˚]", r"^{\\circ}"), (r"\.\.\.|…|\\[cd]dots|\\dots", r"\\ldots "),
 )
 BEFORE, AFTER = ' \n,:;=*_#"“”', ' \n,:;*_"“”.\\'  # what says nothing before or after an answer
 
 # A unit: \text{...}, a word of four letters or more, a short name, or a sign; with a power or without.
 UNIT = (r"(?:\\text\{[^{}\d]*\}|(?<![a-zA-Z\\])(?:[a-zA-Z]{4,}|[cdkm]m|[km]g|[km]?m/s|km/h|mph|in|ft|yd|mi"
-        r"|sq\.?|min|hr|[apAP]\.?[mM])(?![a-zA-Z])|[€£¥₹¢\u3400-\u9fff])(?:\^\{?\d\}?)?")
-NO_UNIT = re.compile(r"\b(?:and|or|not|if|but|maybe|perhaps|possibly|dozen|hundred|thousand|[mbtr]+illion)\b")
+        r"|usd|USD|EUR|GBP|sq\.?|min|hr|[apAP]\.?[mM])(?![a-zA-Z])|[€£¥₹¢\u3400-\u9fff])(?:\^\{?\d\}?)?")
+NO_UNIT = re.compile(
+    r"\b(?:and|or|to|through|vs|versus|not|if|but|when|unless|except|maybe|perhaps|possibly|plus|minus|over"
+    r"|divided|mod(?:ulo)?|root|pi|infinity|alpha|beta|theta|[xyzn]|gross|hal(?:f|ves)"
+    r"|(?:dozen|hundred|thousand|lakh|crore|[mbtrquad]+illion"
+    r"|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?)\b"
+    r"|^(?:squared|cubed|factorial)\b"   # 9 squared, but not 9 meters squared
+    r"|[万亿半或负]|分之|以[上下]|[百千]$")  # 9千, but not 9千米
 
 
 def unit(match: re.Match) -> str:
@@ -45,21 +51,28 @@ def ratio(match: re.Match) -> str:
 
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in (  # one after the other
     # wrappers and spaces
-    (r"\\[bB]igg?[lrm]?(?![a-zA-Z])|\\(?:text)?color ?\{[^{}]*\}|\*\*|`", ""),    # \big(; \color{red}5; **5**
-    (r"\\(?:underline|boxed|mathbf|boldsymbol|bm|emph|[lL]arge|displaystyle)(?![a-zA-Z])", ""),  # \mathbf{5}
+    (r"(?<=[\w)}])\*\*(-?\d+|[a-z](?![a-z]))", r"^{\1}"),                          # x**2
+    (r"\\[bB]igg?[lrm]?(?![a-zA-Z])|\*\*|`", ""),                                 # \big(; **5**
+    (r"\\(?:(?:text)?color(?:box)?|[hv]?phantom|hspace) ?\{[^{}]*\}", ""),        # \color{red}5; \hspace{2pt}5
+    (r"\\(?:underline|boxed|mathbf|boldsymbol|bm|bf|rm|emph|[lL]arge|displaystyle|therefore)(?![a-zA-Z])",
+     ""),                                                                         # \mathbf{5}
     (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|,\\!(?=\d)|\\!", ""),                          # \[5\]; $5$; 12,\!500
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\s", " "), (r"  +", " "),          # 12\,500; 5\quad
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),                                      # \dfrac{1}{2}
+    (r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])", r"\\frac"),                              # \dfrac{1}{2}
+    (r"\{:\}|\\colon(?![a-zA-Z])", ":"),                                          # 7{:}45
     (r"^\{([^{}]+)\}$", r"\1"),                                                   # {5}
+    (r"^\\text ?\{ ?((?i:(?:the )?(?:final )?answer(?: is)?:?) )\}", r"\1"),      # \text{The answer is }5
     (r"^(?i:(?:the )?(?:final )?(?:answer|option)(?: is)?:? )", ""),              # The answer is 5
     # one name for each thing
     (r"\\(?:(?:text|math)(?:rm|bf|it|sf|tt)|mbox|operatorname|text)(?![a-zA-Z]) ?\{ ?([^{}]*)\}",
      r"\\text{\1}"),                                                              # \mathrm{ cm}
+    (r"\\text\{((?:arc)?(?:sin|cos|tan)|ln|log|exp)\}", r"\\\1 "),                # \operatorname{ln}
     (r"^[a-zA-Z] ?\\in ?(?=[\[(])", ""),                                          # x \in [1,2]
     (r"^[a-zA-Z] ?= ?(\d{1,3}(?:,\d{3})+|\d+_.*|\\text\{[^{}]*\})$", r"\1"),      # x = 58,500; x = 52_8
     (r"\\text\{([eid]|\d+|\\?[$%])\}|^\\text\{([^{}]*)\}", r"\1\2"),              # \mathrm{e}; \text{(C) } 12
     (r"(?: |\\text\{)percent\}?", r"\\%"), (r"(?<=\d)i(?![a-zA-Z])", " i"),       # 5 percent; 2i
-    (r"\^ ?\{? ?\\(?:circ|degree)(?![a-zA-Z])(?: ?\})?|\\degree(?![a-zA-Z])|(?: |\\text\{)degrees?(?:\}|\b)",
+    (r"\^ ?\{? ?\\(?:circ|degree)(?![a-zA-Z])(?: ?\})?|\\(?:text)?degree(?![a-zA-Z])"
+     r"|(?: |\\text\{)degrees?(?:\}|\b)",
      r"^{\\circ}"),                                                               # 90^\circ; 90 degrees
     (r"√ ?(\d+|\w)", r"\\sqrt{\1}"), (r"√", r"\\sqrt"),                           # √2; √{x+1}
     (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),                                     # \sqrt(2)
@@ -67,7 +80,7 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in (  # one
     (r"^(?i:no (?:real )?solutions?|none|(?:the )?empty set|\\varnothing)$", r"\\emptyset"),
     (r"^(?i:infinit(?:y|e|ely many)(?: solutions?)?)$", r"\\infty"),
     # numbers
-    (r"(?<![\w.}])(?<![\w}] )[1-9]\d{0,2}(?:(?: \d{3})+|(?:\{,\}\d{3})+|(?:'\d{3})+)(?![\d/])",
+    (r"(?<![\w.}])(?<![\w}] )[1-9]\d{0,2}(?:(?: \d{3})+|(?:\{[, ]\}\d{3})+|(?:'\d{3})+)(?![\d/])",
      lambda number: re.sub(r"\D", "", number[0])),                                # 12 500; 12{,}500; 12'500
     (r"(?<=\d)\{,\}(?=\d)", "."), (r"\^-(\d+)", r"^{-\1}"),                       # 3{,}5; 10^-3
     (r"(?<![\w.])(\d+(?:\.\d*)?)[eE]([-+]?\d+)(?!\w)", r"\1 \\cdot 10^{\2}"),     # 1e-7
@@ -79,13 +92,16 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in (  # one
     (r"(\.\d+) ?\\ldots$", r"\1"),                                                # 1.414\ldots
     (r"(?<![\d.])(\d{0,15})\.(\d{0,15})(?:\\(?:overline|bar) ?\{|\()(\d{1,15})[})]", repeating),
     (r"^\d{1,15}(?: ?: ?\d{1,15}){2,9}$", ratio),
+    (r"^([\[\](][^\[\](),;]+);([^\[\](),;]+[\[\])])$", r"\1,\2"),                   # ]0;3[ as ]0,3[
+    (r"\\langle(?![a-zA-Z])", "("), (r"\\rangle(?![a-zA-Z])", ")"),                # \langle 1,2 \rangle
     (r"\](?=[^\[\](),]+,[^\[\](),]+[\[\]])", "("),                                # ]0,3[ as (0,3[
     (r"([\[(][^\[\](),]+,[^\[\](),]+)\[", r"\1)"),                                # (0,3[ as (0,3)
     (r"^(.+?)[,;]? ?\(? ?([a-zA-Z]) ?\\in ?(?:\\mathbb ?)?\{?Z\}?\)?$",           # 2n\pi, n \in \mathbb{Z}
      lambda match: re.sub(rf"(?<![a-zA-Z\\]){match[2]}(?![a-zA-Z])", "k", match[1])),
     # units, choices, words
     (r"^(-?) ?(\\\$|\\pounds|[€£¥₹]|(?i:usd|rs\.?)) ?(?=[\d.\\])(.*)$", r"\1\3\\text{\2}"),  # \$5
-    (r"^\(?(\d[\dA-Fa-f]*)\)?_ ?\{?(\d+)\}?$", r"\1 \\text{base_\2}"),             # 1011_2
+    (r"^\(?(\d[\dA-Fa-f]*)\)?_ ?\{?(?:\\text\{)?\(?(\d+|[a-z]{3,})\)?\}*$",
+     r"\1 \\text{base_\2}"),                                                      # 1011_2; 1011_{\text{two}}
     (rf"(?:(?<=[\d)}}\]!])|(?<=\\pi)) ?\(?({UNIT}(?:(?: ?/ ?| per | )?{UNIT})*)\)?$", unit),
     (r"^\(?([A-J])(?:[.:)](?!.*\b(?:[A-J]|or|and|not)\b).*)?$", r"option \1"),  # (C); C. 12
     (r"^[A-J](?:,? ?(?:and )?[A-J])+$",                                           # CA as A,C
@@ -110,10 +126,13 @@ def normalise(text: str) -> str:
 MEASURES = {name: (dimension, names.split()[0], size) for dimension, sizes in {
     "length": {"mm millimeter millimetre": "0.001", "cm centimeter centimetre 厘米": "0.01",
                "m meter metre 米": "1", "km kilometer kilometre": "1000"},
-    "feet": {"in inch inche": "1", "ft foot feet": "12", "yd yard": "36", "mi mile": "63360"},
+    "feet": {"in inch inche ''": "1", "ft foot feet '": "12", "yd yard": "36", "mi mile": "63360"},
     "mass": {"mg milligram": "0.001", "g gram": "1", "kg kilogram": "1000"},
     "time": {"s sec second": "1", "min minute": "60", "h hr hour": "3600", "day": "86400", "week": "604800"},
     "money": {"dollar usd": "1", "¢ cent": "0.01"}, "yuan": {"元 yuan ¥": "1"},
+    "angle": {r"^{\circ}": "1", "rad radian": "1"},  # `comparable` brings degrees to radians
+    "base": dict.fromkeys(("2 two", "3 three", "4 four", "5 five", "6 six", "7 seven", "8 eight", "9 nine",
+                           "10 ten", "12 twelve", "16 sixteen"), "1"),
 }.items() for names, size in sizes.items() for name in names.split()}
 # What a number may stand in without being the answer: 9 \mod 7, 1 \to 2, 2, \ldots, and 1 2.
 HEDGE = re.compile(r"\\(?:[pb]?mod|to|[a-zA-Z]{0,9}arrow|implies|iff|ldots)(?![a-zA-Z])|(?<!frac )\d \d")
@@ -133,13 +152,17 @@ def comparable(gold: str, answer: str) -> tuple[str, str] | None:
     if not re.search("[a-zA-Z]", gold):  # beside a number a letter is no variable: 5m
         answer = re.sub(r"(?<=\d) ?([mshgl])$", r" \\text{\1}", answer)
     answer, answer_unit = cut_unit(answer)
+    signs = ["".join(re.findall(r"\^\{\\circ\}|%|'+", text)[:1]) for text in (gold, answer)]
+    if signs[0] != signs[1]:  # 12\%, 12° or 12' beside 12 cm
+        gold_unit, answer_unit = gold_unit or signs[0], answer_unit or signs[1]
     if gold_unit and answer_unit and gold_unit != answer_unit:
         (dimension, _, size), (other, _, other_size) = [
             MEASURES.get(unit, (unit, unit, "1")) for unit in (gold_unit, answer_unit)]
         if dimension != other:
             return None
         gold, answer = rf"({gold}) \cdot {size}", rf"({answer}) \cdot {other_size}"
-    if r"\pi" in gold + answer and (r"^{\circ}" in gold) != (r"^{\circ}" in answer):
+    radians = r"\pi" in gold + answer or "rad" in (gold_unit, answer_unit)
+    if radians and (r"^{\circ}" in gold) != (r"^{\circ}" in answer):
         gold, answer = [text.replace(r"^{\circ}", r" \cdot \frac{\pi}{180}") for text in (gold, answer)]
     return gold, answer
 

@@ -30,6 +30,7 @@ ANSWER_SECONDS = 3.0        # of a processor, for one answer: a busy machine cha
 ANSWER_MEGABYTES = 2048     # address space of the process that verifies it
 ANSWER_CHARACTERS = 10_000  # a longer boxed answer is wrong unread
 NEAR = 1e-4                 # relative difference of numbers that are the same
+DIGITS = 1000               # in which numbers without a decimal point are the same
 CHAIN_SIDES = 20            # of a longer chain of equations nothing is read
 KNOWN_VERDICTS = 1_000_000  # kept in memory, the newest: about 100 bytes each, however long the answers
 RIGHT, WRONG, UNPARSED, TIMEOUT, CRASH = 0, 1, 2, -signal.SIGPROF, -signal.SIGKILL
@@ -84,7 +85,7 @@ def compare(gold: str, answer: str) -> int:
     `12 \text{ cm}` are 12 beside 12), texts that are then the same are right at once, and conditions are sets
     beside a set (`x > 1` beside `(1,\infty)`). Wrong, though math-verify finds them equal, are false chains
     (`11 = 12`), remainders and texts that contain the number (`12 \mod 7`, `11 \to 12`), units and bases other
-    than the reference's, and numbers that are equal to six decimals but not within NEAR.
+    than the reference's, and numbers that are equal to six decimals but not by `near`.
 
     How often that changes a verdict, on the 1,036 references in 2,019 rows of five benchmarks
     (bench/verdicts.py): of references as answers, bare, in $...$, in display style or behind `x =`, 15 of 4,144
@@ -154,19 +155,30 @@ def as_set(found: "Basic | MatrixBase") -> "Basic | MatrixBase":
 
 
 def near(gold: "Basic | MatrixBase", answer: "Basic | MatrixBase", tolerance: float = NEAR) -> bool:
-    """Whether real numbers differ by at most this share of the larger, alone or as elements of two things."""
-    from sympy import Eq, Expr, MatrixBase, Set, Tuple
+    """Whether real numbers differ by at most this share of the larger, alone or as elements of two things.
 
-    def numbers(found: "Basic | MatrixBase") -> "list[Number]":
+    Two without a decimal point, if the share is NEAR, must be equal in DIGITS digits: 1 - 2^{-99} is not 1.
+    """
+    from sympy import Eq, Expr, Float, MatrixBase, Set, Tuple
+    from sympy.core.evalf import PrecisionExhausted
+
+    def numbers(found: "Basic | MatrixBase") -> "list[tuple[Number, Expr]]":
         parts = [found]
         if isinstance(found, (MatrixBase, Set, Tuple)):
             parts = found.flat() if isinstance(found, MatrixBase) else found.args
         parts = [part.rhs if isinstance(part, Eq) and part.lhs.is_Symbol else part for part in parts]
-        values = [part.evalf() for part in parts if isinstance(part, Expr) and part.is_number]
-        return sorted(value for value in values if value.is_Number and value.is_finite)  # real numbers
+        values = [(part.evalf(), part) for part in parts if isinstance(part, Expr) and part.is_number]
+        values = [pair for pair in values if pair[0].is_Number and pair[0].is_finite]  # real numbers
+        return sorted(values, key=lambda pair: pair[0])
 
-    def close(one: "Number", other: "Number") -> bool:
-        return abs(one - other) <= tolerance * max(abs(one), abs(other))
+    def close(one: "tuple[Number, Expr]", other: "tuple[Number, Expr]") -> bool:
+        (value, exact), (other_value, other_exact) = one, other
+        if tolerance != NEAR or exact.has(Float) or other_exact.has(Float):
+            return abs(value - other_value) <= tolerance * max(abs(value), abs(other_value))
+        try:
+            return (exact - other_exact).evalf(2, maxn=DIGITS, strict=True) == 0
+        except PrecisionExhausted:  # no digit of the difference is known not to be 0
+            return True
 
     golds, answers = numbers(gold), numbers(answer)
     return len(golds) != len(answers) or all(map(close, golds, answers))

@@ -59,6 +59,8 @@ LIMITS = (
     (r"(-\infty,1)\cup(2,\infty)", "x<1 and x>2", RIGHT),  # of several conditions one holds
     ("40", r"40\%", RIGHT),                           # n% for n, and for n/100
     ("5", "5m", RIGHT),                               # the letters of units are no variables beside a number
+    ("345", "345_7", RIGHT), ("110_2", "110", RIGHT),  # a base, like a unit, may be left out or put behind
+    (r"x+\frac{1}{801!}", r"x+\frac{1}{803!}", RIGHT),  # only numbers are compared in more than their first digits
 )
 
 
