@@ -15,6 +15,7 @@ from more.ampo import ampo_loss
 from more.hpt import hpt_loss
 from more.prefix_rft import prefix_rft_loss
 from more.rl_plus import rl_plus_loss
+from more.rl_sft import rl_sft_loss
 from more.srft import srft_loss
 from more.uft import uft_loss
 from relift import hardest, rl_loss, sft_loss, take_from_buffer
@@ -40,12 +41,13 @@ for module in [importlib.import_module(script.replace("/", ".")) for script in M
 LOSSES |= {  # their other settings
     "hpt clipped": (hpt_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
     "rl_plus clipped": (rl_plus_loss, {"gamma": 0, "uniform": 0.02, "clip_low": 0.2, "clip_high": 0.28}),
+    "rl_sft clipped": (rl_sft_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
     "ampo unclipped": (ampo_loss, {"clip_low": math.inf, "clip_high": math.inf, "dual_clip": math.inf}),
     "srft constant": (srft_loss, {"gamma": None, "constant_weights": True}),
     "uft unclipped": (uft_loss, {"sft_weight": 1.0, "clip_low": math.inf, "clip_high": math.inf}),
     "prefix_rft without dual clip": (prefix_rft_loss, {"clip_high": 0.28, "dual_clip": math.inf}),
 }
-IMITATE = (chord_loss, hpt_loss, srft_loss, uft_loss)  # whose demonstrations have a gradient at A = 0
+IMITATE = (chord_loss, hpt_loss, rl_sft_loss, srft_loss, uft_loss)  # whose demonstrations have a gradient at A = 0
 WHOLE = ("normaliser", "sft_normaliser", "rollout_tokens", "demo_tokens", "tokens")  # what they divide by
 each_loss = pytest.mark.parametrize("loss_of, settings", LOSSES.values(), ids=LOSSES)
 MIXED = [name for name, (loss, _) in LOSSES.items() if "is_demo" in inspect.signature(loss).parameters]
