@@ -39,6 +39,7 @@ logprobs() gives their log-probs in the same shape. While the policy is what it 
 """
 import random
 from collections import defaultdict
+from collections.abc import Collection
 
 from runtime.flags import Args, fail, flag, parse, parse_early
 
@@ -58,7 +59,7 @@ from runtime.record import Record
 from runtime.reward import OwnReward
 from runtime.rows import Batch, Problem, Row, collate, micro_batches
 from runtime.sampling import Sampler
-from runtime.stored import Demonstrations, KeptRows
+from runtime.stored import Demonstrations, Experience, KeptRows
 from runtime.verification import RIGHT, TIMEOUT, UNPARSED, WRONG, Verifier, boxed_answer
 
 __all__ = ["Args", "Problem", "Row", "Run", "flag", "parse"]  # what the scripts import from here
@@ -93,6 +94,7 @@ class Run:
         self.resume()
         self.log, self.log_own = self.record.log, self.record.log_own  # of all rows; of this process's
         self.demonstrations = Demonstrations(args, self.train, self.codec, self.state, self.log)
+        self.experience = Experience(self.train, self.state, self.log)
         self.kept = KeptRows(self.train, self.codec, self.state, self.record.folder / "rollouts.jsonl")
         with waiting("starting the sampler (vLLM: a minute or two, at its first start on a machine more)"):
             self.sampler = Sampler(args, self.policy)
@@ -125,13 +127,22 @@ class Run:
         self.record.bar.close()
 
     # ---- who is in the batch
-    def next_problems(self, batch: int | None = None) -> list[Problem]:
+    def next_problems(self, batch: int | None = None, without: Collection[Problem] = ()) -> list[Problem]:
         """The --prompts problems of a rollout batch, by its number from 0 (by default the step's).
 
-        They go through all problems in the seed's order, then through all of them in another order.
+        They go through all problems in the seed's order, then through all of them in another order. Those in
+        `without` are passed over; if that is all of them, none is.
         """
         batch = self.step - 1 if batch is None else batch
-        return draw(self.train, f"{self.args.seed} prompts", batch * self.args.prompts, self.args.prompts)
+        place, problems = batch * self.args.prompts + self.state.get("passed_over", 0), []
+        while len(problems) < self.args.prompts:
+            problem, = draw(self.train, f"{self.args.seed} prompts", place, 1)
+            place += 1
+            if problem in without and len(without) < len(self.train):
+                self.state["passed_over"] = self.state.get("passed_over", 0) + 1
+            else:
+                problems.append(problem)
+        return problems
 
     def rollout(self, problems: list[Problem], prefixes: list[list[int]] | None = None) -> list[Row]:
         """One response of the policy to each problem; a problem stands in the list once for each response.
@@ -186,7 +197,7 @@ class Run:
         """Sets row.old_logp, (tokens,): log-probs by the trainer at --temperature before the step's updates.
 
         By the trainer and not by the sampler, whose rounding differs; the difference is logged (sampler_gap).
-        Of rows that begin with a prefix it sets row.prefix_entropy too, (row.prefix,).
+        Of what was given, a prefix or a demonstration, it sets row.prefix_entropy too, (row.demo_tokens,).
         """
         with self.record.timer("scoring"):
             self.policy.model.eval()
@@ -197,7 +208,7 @@ class Run:
                 for row, row_logp, row_entropy in zip(part, logp.cpu(), entropy.cpu()):
                     size, demo = len(row.response), row.demo_tokens
                     old_logp = row_logp[:size].clone()
-                    scored[row] = old_logp, row_entropy[:row.prefix].clone() if row.prefix else None
+                    scored[row] = old_logp, row_entropy[:demo].clone() if demo else None
                     if demo:
                         self.log_own("demonstrations/probability", old_logp[:demo].exp().sum(), demo)
                     if not row.is_demo:

@@ -36,7 +36,8 @@ Deviations
 On the toy (one base, two seeds) the share of hard problems solved is 0.73 and 0.74 at step 10, 0.89 and 0.86
 at step 15, and does not rest: from there on it is anywhere between 0.70 and 0.92, 0.92 and 0.81 at step 80.
 LUFFY, which lets a solved problem's demonstration go, ends at 0.95-0.98. Half the demonstrations here make a
-leap that the model cannot follow; what is imitated at every step includes it.
+leap that the model cannot follow; what is imitated at every step includes it. With `--sft_weight 0.1` (one
+seed) it is 0.93 at step 15 and between 0.91 and 0.98 after that.
 
 On a CPU, in a minute:  python more/rl_sft.py
 On a GPU:               python more/rl_sft.py --model Qwen/Qwen2.5-Math-7B

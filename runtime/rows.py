@@ -39,7 +39,7 @@ class Row:
     advantage: float = 0.0
     old_logp: torch.Tensor | None = None     # (tokens of the response,), by Run.score
     prefix: int = 0                          # its first tokens that were given; the others were sampled
-    prefix_entropy: torch.Tensor | None = None  # (prefix,), by Run.score: the policy's there, in nats
+    prefix_entropy: torch.Tensor | None = None  # (demo_tokens,), by Run.score: the policy's there, in nats
     weights: torch.Tensor | None = None      # (tokens of the response,), of a loss's tokens; None: all are 1
 
     @property

@@ -1,8 +1,9 @@
-"""Rows that are kept: demonstrations, as rows and as a stream; rows in a checkpoint and in a file."""
+"""Rows that are kept: demonstrations, as rows and as a stream; rows in a checkpoint and in a file; experience."""
 import json
 import os
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from runtime import processes
@@ -135,3 +136,49 @@ class KeptRows:
                   "it is, in evaluation too; --prompt_end '' leaves <think> out of the prompt")
         elif without:
             print(f"{source}: {without} of {len(rows)} responses have no </think>: they count as wrong")
+
+
+class Experience:
+    """Right responses of earlier steps, by problem, with their log-probs then, in every checkpoint.
+
+    They take 8 bytes a token.
+    """
+
+    def __init__(self, problems: list[Problem], state: dict, log):
+        self.problems, self.log = {problem.index: problem for problem in problems}, log
+        self.kept = state.setdefault("experience", {"responses": {}, "right": {}, "retired": []})
+
+    @property
+    def right(self) -> dict[Problem, int]:
+        """Problems that have stored responses: how many rows were right when it was added to last."""
+        return {self.problems[index]: count for index, count in self.kept["right"].items()}
+
+    @property
+    def retired(self) -> list[Problem]:
+        return [self.problems[index] for index in self.kept["retired"]]
+
+    def add(self, right: dict[Problem, list[Row]]):
+        """Right rows of a step, with old_logp, by problem. A response that is stored already stays as it is."""
+        for problem, rows in right.items():
+            self.kept["right"][problem.index] = len(rows)
+            responses = self.kept["responses"].setdefault(problem.index, [])
+            for row in rows:
+                tokens = torch.tensor(row.response, dtype=torch.int32)
+                if not any(torch.equal(tokens, other) for other, _ in responses):
+                    responses.append((tokens, row.old_logp))
+        self.log("experience/problems", len(self.kept["right"]))
+        self.log("experience/responses", sum(map(len, self.kept["responses"].values())))
+
+    def retire(self, problems: list[Problem]):
+        """Forgets the responses to these problems, which are done with."""
+        for index in [problem.index for problem in problems]:
+            self.kept["responses"].pop(index, None)
+            self.kept["right"].pop(index, None)
+            if index not in self.kept["retired"]:
+                self.kept["retired"].append(index)
+        self.log("experience/retired", len(self.kept["retired"]))
+
+    def rows(self, problem: Problem) -> list[Row]:
+        """A problem's responses as new rows: given and not sampled, with the old_logp that they came with."""
+        return [Row(problem, tokens.tolist(), is_demo=True, old_logp=old_logp)
+                for tokens, old_logp in self.kept["responses"][problem.index]]

@@ -14,11 +14,12 @@ from conftest import SMALL, load, save_model, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import Row
+from common import Problem, Row
 from luffy import luffy_loss
 from runtime import policy, sampling, toy
 from runtime.problems import SYSTEM
 from runtime.rows import collate, micro_batches
+from runtime.stored import Experience
 
 
 # ----------------------------------------------------------------------------------- log-probs and entropy
@@ -336,6 +337,13 @@ def test_a_rollout_goes_on_from_a_prefix(make_run, coin_model, coin_data, shared
     assert torch.equal(batch.weights[0, batch.mask[0]], rows[50].weights)
     assert torch.equal(batch.weights[1], batch.mask[1].float())
 
+    demonstration = Row(problem, right + [run.codec.end], is_demo=True)
+    run.score([demonstration])
+    with torch.no_grad():
+        logp, entropy = row_logprobs(run.policy.model, demonstration)
+    torch.testing.assert_close(demonstration.old_logp, logp, rtol=0, atol=1e-4)
+    torch.testing.assert_close(demonstration.prefix_entropy, entropy, rtol=0, atol=1e-4)
+
 
 OF_PREFIXES = {"prefix", "prefix_entropy", "weights"}  # what rows in checkpoints from before prefixes have not
 
@@ -343,6 +351,29 @@ OF_PREFIXES = {"prefix", "prefix_entropy", "weights"}  # what rows in checkpoint
 def saved(values) -> bytes:
     torch.save(values, file := io.BytesIO())
     return file.getvalue()
+
+
+def test_experience_keeps_a_response_once_with_its_first_log_probs_until_its_problem_is_retired():
+    one, two = [Problem(index, "", [1], "", "", "", {}) for index in (4, 9)]
+    state, logged = {}, {}
+    experience = Experience([one, two], state, logged.__setitem__)
+    rows = [Row(one, response, old_logp=torch.tensor(logp)) for response, logp in (
+        ([5, 9], [-1.0, -2.0]), ([60_000, 9], [-3.0, -4.0]), ([5, 9], [-5.0, -6.0]), ([5], [-7.0]))]
+    experience.add({one: rows[:2], two: [Row(two, [7, 9], old_logp=torch.zeros(2))]})
+    experience.add({one: rows[2:]})
+    assert experience.right == {one: 2, two: 1} and experience.retired == []
+    assert logged == {"experience/problems": 2, "experience/responses": 4}
+    values = torch.load(io.BytesIO(saved(state)), weights_only=True)  # as a checkpoint does
+    resumed = Experience([one, two], values, logged.__setitem__)
+    for row, kept in zip([rows[0], rows[1], rows[3]], resumed.rows(one), strict=True):
+        assert kept.problem is one and kept.is_demo and kept.response == row.response
+        assert torch.equal(kept.old_logp, row.old_logp)
+    resumed.rows(one)[0].response.append(3)  # these are copies
+    assert resumed.rows(one)[0].response == [5, 9]
+    for _ in range(2):
+        resumed.retire([one])
+        assert resumed.retired == [one] and resumed.right == {two: 1}
+        assert logged["experience/retired"] == 1 and list(values["experience"]["responses"]) == [9]
 
 
 @pytest.mark.parametrize("scaling", (1.0, 4.0))
@@ -486,6 +517,22 @@ def test_every_epoch_has_every_problem_once_in_the_seeds_order(make_run, tiny_mo
     assert len(set(map(tuple, epochs))) == 3
     assert order(make_run("grpo", *flags, "--name", "b"), 7) == sum(epochs, [])
     assert order(make_run("grpo", *flags, "--name", "c", "--seed", "1"), 7) != sum(epochs, [])
+
+
+def test_problems_that_are_done_with_are_passed_over(make_run, tiny_model, tmp_path):
+    """The others come in the order in which they would have come."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"problem": f"a={i};a?", "answer": str(i)} for i in range(7)])
+    flags = ("--model", tiny_model, "--data", data, *SMALL, "--prompts", "3")
+    run = make_run("grpo", *flags, "--name", "a")
+    whole = order(run, 14)
+    done, indices = [problem for problem in run.train if problem.index in whole[:2]], []
+    for run.step in range(2, 8):
+        indices += [problem.index for problem in run.next_problems(without=done)]
+        run.state = torch.load(io.BytesIO(saved(run.state)), weights_only=True)  # as if it were resumed
+    assert indices == [index for index in whole[3:] if index not in whole[:2]][:18]
+    run.step = 8
+    passed = run.state["passed_over"]
+    assert [problem.index for problem in run.next_problems(without=run.train)] == whole[21 + passed:24 + passed]
 
 
 def test_held_out_problems_are_not_trained_on(make_run, tiny_model, coin_data, tmp_path, capsys):

@@ -12,6 +12,7 @@ from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
 from more.ampo import ampo_loss
+from more.exgrpo import exgrpo_loss
 from more.hpt import hpt_loss
 from more.prefix_rft import prefix_rft_loss
 from more.rl_plus import rl_plus_loss
@@ -43,6 +44,7 @@ LOSSES |= {  # their other settings
     "rl_plus clipped": (rl_plus_loss, {"gamma": 0, "uniform": 0.02, "clip_low": 0.2, "clip_high": 0.28}),
     "rl_sft clipped": (rl_sft_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
     "ampo unclipped": (ampo_loss, {"clip_low": math.inf, "clip_high": math.inf, "dual_clip": math.inf}),
+    "exgrpo clipped": (exgrpo_loss, {"gamma": None, "clip_low": 0.2, "clip_high": 0.28}),
     "srft constant": (srft_loss, {"gamma": None, "constant_weights": True}),
     "uft unclipped": (uft_loss, {"sft_weight": 1.0, "clip_low": math.inf, "clip_high": math.inf}),
     "prefix_rft without dual clip": (prefix_rft_loss, {"clip_high": 0.28, "dual_clip": math.inf}),
