@@ -144,14 +144,16 @@ class Run:
                 problems.append(problem)
         return problems
 
-    def rollout(self, problems: list[Problem], prefixes: list[list[int]] | None = None) -> list[Row]:
+    def rollout(self, problems: list[Problem], prefixes: list[list[int]] | None = None,
+                again: int = 0) -> list[Row]:
         """One response of the policy to each problem; a problem stands in the list once for each response.
 
         At --temperature and from the whole distribution; at most L = --max_response tokens, EOS included.
         prefixes: token ids for each that are given, [] for none; the policy goes on behind them. They count in
         L, are fewer than L and have no EOS. Sets row.prefix, how many there are; the response begins with them.
+        again: 1, 2, ... for further rollouts in a step, whose noise is another.
         """
-        args, seed = self.args, self.args.seed * 1_000_003 + self.step
+        args, seed = self.args, self.args.seed * 1_000_003 + self.step + again * 10**15
         with self.record.timer("rollout"):
             rows = self.sampler.rows(problems, args.max_response, args.temperature, seed, prefixes)
         if rows:

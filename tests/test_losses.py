@@ -12,6 +12,7 @@ from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
 from more.ampo import ampo_loss
+from more.dapo import dapo_loss
 from more.exgrpo import exgrpo_loss
 from more.hpt import hpt_loss
 from more.prefix_rft import prefix_rft_loss
@@ -300,7 +301,8 @@ def test_what_is_divided_by_where_nothing_is_said(loss_of, settings):
     rows = some_rows()
     demo = rows["mask"] & rows["is_demo"][:, None]
     by_row = loss_of is topr_loss and settings.get("weights") != "ppo"
-    whole = {"normaliser": 8 if by_row else 8 * 7, "sft_normaliser": 8 * 7, "tokens": rows["mask"].sum(),
+    normaliser = 8 if by_row else rows["mask"].sum() if loss_of is dapo_loss else 8 * 7
+    whole = {"normaliser": normaliser, "sft_normaliser": 8 * 7, "tokens": rows["mask"].sum(),
              "rollout_tokens": (rows["mask"] & ~demo).sum(), "demo_tokens": demo.sum()}
     assert_same(evaluate(loss_of, settings, rows | whole), evaluate(loss_of, settings, rows))
     assert evaluate(loss_of, settings, rows, 3)[0] != evaluate(loss_of, settings, rows)[0]

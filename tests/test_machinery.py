@@ -174,7 +174,7 @@ def answer(run, problem: Problem, box: str) -> Row:
     return Row(problem, run.codec.encode(problem, f"<think>\n</think>\n{box}"))
 
 
-def test_rollouts_change_with_the_step_and_the_seed_alone(make_run, coin_model, coin_data):
+def test_rollouts_change_with_the_step_the_seed_and_again_alone(make_run, coin_model, coin_data):
     run = make_run("grpo", "--model", coin_model, "--data", coin_data, *SMALL, "--temperature", "1.4")
 
     def responses(step: int, seed: int) -> list:
@@ -185,6 +185,8 @@ def test_rollouts_change_with_the_step_and_the_seed_alone(make_run, coin_model, 
     assert responses(1, 0) == first
     others = [responses(step, seed) for step, seed in ((2, 0), (1, 1), (2, 1))]
     assert first not in others and others[0] not in others[1:] and others[1] != others[2]
+    again = [(row.response, row.sampler_logp) for row in run.rollout(run.train[:1] * 16, again=1)]
+    assert again not in [first, *others]
 
     run.record.sums.clear()
     run.args.temperature = 100.0  # of noise: every token is about as likely as every other
