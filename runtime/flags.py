@@ -109,7 +109,7 @@ def flag(
     """A command-line flag: its line of help, one default or two (the toy's, real models'), and its limits.
 
     only_with, not_with: 'name' or 'name=value' of another flag without which, or with which, this one does
-    nothing; to give it then is an error.
+    nothing; to give it then is an error. Of several values: 'name=one|other'.
     """
     if only_with:
         text = f"{text}; only with --{only_with.replace('=', ' ')}"
@@ -254,9 +254,9 @@ def parse_early():
 
 
 def holds(args: Args, condition: str) -> bool:
-    """Is the flag of this name given, or does it have this value?"""
-    name, _, value = condition.partition("=")
-    return getattr(args, name) == value if value else bool(getattr(args, name))
+    """Is the flag of this name given, or does it have this value, or one of these?"""
+    name, _, values = condition.partition("=")
+    return getattr(args, name) in values.split("|") if values else bool(getattr(args, name))
 
 
 def check(name: str, value: float | None, least: float | None, most: float | None = None):

@@ -16,6 +16,7 @@ from more.dapo import dapo_loss
 from more.exgrpo import exgrpo_loss
 from more.hpt import hpt_loss
 from more.prefix_rft import prefix_rft_loss
+from more.rec import rec_loss
 from more.rl_plus import rl_plus_loss
 from more.rl_sft import rl_sft_loss
 from more.srft import srft_loss
@@ -46,11 +47,17 @@ LOSSES |= {  # their other settings
     "rl_sft clipped": (rl_sft_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
     "ampo unclipped": (ampo_loss, {"clip_low": math.inf, "clip_high": math.inf, "dual_clip": math.inf}),
     "exgrpo clipped": (exgrpo_loss, {"gamma": None, "clip_low": 0.2, "clip_high": 0.28}),
+    "rec none": (rec_loss, {"brake": "none"}),
+    "rec two_side": (rec_loss, {"brake": "two_side", "importance_weights": True}),
+    "rec ring": (rec_loss, {"brake": "ring", "clip_low": 0.1, "ring_low": 0.3, "ring_high": 0.3}),
+    "rec opmd": (rec_loss, {"brake": "opmd"}),
+    "rec asymre": (rec_loss, {"brake": "asymre"}),
     "srft constant": (srft_loss, {"gamma": None, "constant_weights": True}),
     "uft unclipped": (uft_loss, {"sft_weight": 1.0, "clip_low": math.inf, "clip_high": math.inf}),
     "prefix_rft without dual clip": (prefix_rft_loss, {"clip_high": 0.28, "dual_clip": math.inf}),
 }
 IMITATE = (chord_loss, hpt_loss, rl_sft_loss, srft_loss, uft_loss)  # whose demonstrations have a gradient at A = 0
+PULL = ("opmd", "asymre")  # REC's brakes with which rollouts have one there
 WHOLE = ("normaliser", "sft_normaliser", "rollout_tokens", "demo_tokens", "tokens")  # what they divide by
 each_loss = pytest.mark.parametrize("loss_of, settings", LOSSES.values(), ids=LOSSES)
 MIXED = [name for name, (loss, _) in LOSSES.items() if "is_demo" in inspect.signature(loss).parameters]
@@ -137,8 +144,9 @@ def test_each_token_may_have_an_advantage_of_its_own(loss_of, settings):
     torch.testing.assert_close(scaled - imitation, factor * (gradient - imitation), rtol=1e-12, atol=1e-16)
     if loss_of is not sft_loss:
         assert (gradient != imitation)[~rows["is_demo"]].any()
-        assert not imitation[~rows["is_demo"]].any()
-        assert bool(imitation.any()) == (loss_of in IMITATE)
+        everywhere = settings.get("brake") in PULL
+        assert bool(imitation[~rows["is_demo"]].any()) == everywhere
+        assert bool(imitation.any()) == (everywhere or loss_of in IMITATE)
 
 
 @each_loss
@@ -240,7 +248,8 @@ def test_extreme_ratios_are_finite(log_ratio, advantage, is_demo, dtype, loss_of
     assert loss.isfinite()
     assert gradient.isfinite().all()
     assert all(total.isfinite() for total, _ in metrics.values())
-    if advantage == 0 and not (loss_of is sft_loss or loss_of in IMITATE and is_demo):
+    pulled = loss_of is sft_loss or settings.get("brake") in PULL or loss_of in IMITATE and is_demo
+    if advantage == 0 and not pulled:
         assert loss == 0
         assert not gradient.any()
 
