@@ -195,25 +195,26 @@ class Run:
 
     # ---- the update
     @torch.no_grad()
-    def score(self, rows: list[Row]):
+    def score(self, rows: list[Row], entropy: bool = True):
         """Sets row.old_logp, (tokens,): log-probs by the trainer at --temperature before the step's updates.
 
         By the trainer and not by the sampler, whose rounding differs; the difference is logged (sampler_gap).
         Of what was given, a prefix or a demonstration, it sets row.prefix_entropy too, (row.demo_tokens,).
+        entropy: without it none is computed, set or logged.
         """
         with self.record.timer("scoring"):
             self.policy.model.eval()
             scored = {}  # this process's rows
             parts = micro_batches(rows, self.args.micro_tokens, processes.rank(), processes.world())
             for part in bar(parts, desc="scoring"):
-                logp, entropy = self.policy.logprobs(collate(part, self.device), entropy=True)
-                for row, row_logp, row_entropy in zip(part, logp.cpu(), entropy.cpu()):
+                logp, entropies = self.policy.logprobs(collate(part, self.device), entropy=entropy)
+                for row, row_logp, row_entropy in zip(part, logp.cpu(), entropies.cpu()):
                     size, demo = len(row.response), row.demo_tokens
                     old_logp = row_logp[:size].clone()
-                    scored[row] = old_logp, row_entropy[:demo].clone() if demo else None
+                    scored[row] = old_logp, row_entropy[:demo].clone() if entropy and demo else None
                     if demo:
                         self.log_own("demonstrations/probability", old_logp[:demo].exp().sum(), demo)
-                    if not row.is_demo:
+                    if entropy and not row.is_demo:
                         self.log_own("entropy", row_entropy[demo:size].sum(), size - demo)
                     if row.sampler_logp:
                         gap = (old_logp[demo:] - torch.tensor(row.sampler_logp)).abs()

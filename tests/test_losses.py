@@ -12,6 +12,7 @@ from chord import chord_loss, mu_schedule
 from grpo import group_advantages, grpo_loss
 from luffy import luffy_loss
 from more.ampo import ampo_loss
+from more.bapo import bapo_loss
 from more.dapo import dapo_loss
 from more.exgrpo import exgrpo_loss
 from more.hpt import hpt_loss
@@ -45,6 +46,7 @@ LOSSES |= {  # their other settings
     "hpt clipped": (hpt_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
     "rl_plus clipped": (rl_plus_loss, {"gamma": 0, "uniform": 0.02, "clip_low": 0.2, "clip_high": 0.28}),
     "rl_sft clipped": (rl_sft_loss, {"sft_weight": 0.3, "clip_low": 0.2, "clip_high": 0.28}),
+    "bapo narrow": (bapo_loss, {"c_low": 0.9, "c_high": 1.0}),
     "ampo unclipped": (ampo_loss, {"clip_low": math.inf, "clip_high": math.inf, "dual_clip": math.inf}),
     "exgrpo clipped": (exgrpo_loss, {"gamma": None, "clip_low": 0.2, "clip_high": 0.28}),
     "rec none": (rec_loss, {"brake": "none"}),
