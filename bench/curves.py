@@ -15,6 +15,7 @@ seconds of training until then (evaluation not counted), accuracy per slice, ent
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,9 +44,12 @@ METHODS = {  # name: script, flags, colour
     "HPT": ("more/hpt", [], "tab:brown"),
     "SRFT": ("more/srft", [], "tab:olive"),
     "RL-PLUS": ("more/rl_plus", [], "tab:green"),
-    "AMPO": ("more/ampo", ["--data", "toy:teachers"], "tab:pink"),
+    "AMPO": ("more/ampo", [], "tab:pink"),
     "Prefix-RFT": ("more/prefix_rft", [], "tab:brown"),
     "UFT": ("more/uft", [], "tab:olive"),
+    "ExGRPO": ("more/exgrpo", [], "tab:orange"),
+    "RL-SFT": ("more/rl_sft", [], "tab:purple"),
+    "DAPO": ("more/dapo", [], "tab:grey"),
 }
 FIELD = ("GRPO", "LUFFY", "CHORD-mu", "ReLIFT", *[name for name in METHODS if METHODS[name][0].startswith("more/")])
 PAGES = {  # page in docs/: methods on it, and the slice at which they are told apart
@@ -59,6 +63,29 @@ PAGES = {  # page in docs/: methods on it, and the slice at which they are told 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in open(path)]
+
+
+def base_model(q: float, seed: int) -> Path:
+    """Folder of a base model: the embedded one, others from the cache or made now, whole or not at all."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from safetensors import SafetensorError
+
+    from runtime import toy
+    from runtime.cache import cache_folder
+
+    if (q, seed) == (toy.Q, toy.SEED):
+        return toy.EMBEDDED
+    folder = cache_folder() / f"toy-{toy.recipe()}-{torch.__version__}-{q}-{seed}"
+    try:
+        toy.Qwen2ForCausalLM.from_pretrained(folder), toy.Qwen2Tokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError):  # not there, or spoiled
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            toy.write_base(Path(temporary, "model"), q, seed)
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(temporary, "model").rename(folder)
+    return folder
 
 
 def train(method: str, q: float, base_seed: int, seed: int, base: Path) -> list[dict]:
@@ -246,10 +273,8 @@ def main():
     if args.pages:
         return write_pages(read(RESULTS))
     if not args.draw:
-        sys.path.insert(0, str(ROOT))
-        from runtime import toy
         base_seeds = args.base_seeds or ([0, 1] if args.field else [0, 1, 2])
-        jobs = [(method, args.q, base_seed, seed, toy.base_model(args.q, base_seed))
+        jobs = [(method, args.q, base_seed, seed, base_model(args.q, base_seed))
                 for method in methods for base_seed in base_seeds for seed in args.seeds]
         with ThreadPoolExecutor(args.jobs) as pool:
             for evaluations in pool.map(lambda job: train(*job), jobs):

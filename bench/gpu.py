@@ -233,8 +233,6 @@ def phases(size, folder):
 
 def toy_run(size, folder):
     flags = ["--model", random_model(size.config, folder), *size.toy] if size.toy else []
-    if not flags:
-        toy.base_model()  # is made once, and not part of what is timed
     metrics, seconds, _ = run_luffy(*flags)
     for part in toy.SLICES:
         yield f"accuracy/{part}", [metrics[0][f"accuracy/{part}"], metrics[-1][f"accuracy/{part}"]]

@@ -182,7 +182,7 @@ def main():
         parser.error(f"{error}; pip install -r bench/requirements-speed.txt")
     start, pairs = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
-        base = python("-c", "from runtime.toy import base_model; print(base_model())", folder=folder)
+        base = python("-c", "from runtime.toy import EMBEDDED; print(EMBEDDED)", folder=folder)
         python(ROOT / "luffy.py", "--steps", "30", "--name", "learnt", "--device", "cpu", folder=folder)
         models = {"base": base.splitlines()[-1], "learnt": f"{folder}/runs/learnt/model"}
         for _, threads, name in itertools.product(range(args.pairs), args.threads, models):

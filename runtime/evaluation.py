@@ -3,11 +3,16 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 from tqdm import tqdm
 
 from runtime import processes
-from runtime.verification import NAMES, boxed_answer
+from runtime.flags import Args
+from runtime.reward import OwnReward
+from runtime.rows import Codec, Problem, Row
+from runtime.sampling import Sampler
+from runtime.verification import NAMES, Verifier, boxed_answer
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -18,7 +23,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def summarise(rows) -> dict[str, dict[str, float]]:
+def summarise(rows: list[Row]) -> dict[str, dict[str, float]]:
     """{slice: figures} of verified rows of held-out problems.
 
     accuracy: mean over the samples of a problem, then over problems, with its standard error over problems.
@@ -56,7 +61,7 @@ def table(summary: dict[str, dict[str, float]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def write_answers(path, step: int, rows, texts: list[str], verdicts: list[int | None]):
+def write_answers(path: Path, step: int, rows: list[Row], texts: list[str], verdicts: list[int | None]):
     """Appends every answer with its verdict: slice, the problem's row in its source, reference, response."""
     with open(path, "a") as file:
         for row, text, verdict in zip(rows, texts, verdicts):
@@ -66,7 +71,10 @@ def write_answers(path, step: int, rows, texts: list[str], verdicts: list[int | 
             file.write(json.dumps(answer) + "\n")
 
 
-def evaluate(args, step: int, held_out, sampler, verifier, codec, path) -> dict[str, float]:
+def evaluate(
+    args: Args, step: int, held_out: list[Problem], sampler: Sampler, verifier: Verifier | OwnReward, codec: Codec,
+    path: Path,
+) -> dict[str, float]:
     """Samples and verifies responses to the held-out problems; every answer is appended to `path`.
 
     Returns accuracy/<slice> and, where a problem has several samples, pass@k/<slice>.

@@ -11,7 +11,7 @@ from types import SimpleNamespace, TracebackType
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-TOYS = ("toy", "toy:easy", "toy:teachers")  # of --data: all of it, its easy problems, two demonstrations each
+TOYS = ("toy", "toy:easy")  # of --data: all of it, its easy problems
 GROUPS = {  # of --help; every flag stands in one, a method's own in the last
     "model and data": "model data eval_data reward system prompt_end max_prompt rope_theta max_positions",
     "batch": "steps prompts n updates max_response mask_cut",

@@ -8,9 +8,10 @@ import os
 
 import torch
 import transformers
+from transformers import PretrainedConfig
 
 from runtime import policy, processes
-from runtime.flags import fail
+from runtime.flags import Args, fail
 
 GIB = 1 << 30
 CARDS = (24, 48, 80)  # GiB, shown where there is no GPU
@@ -25,7 +26,7 @@ def usable(card: float) -> float:
     return card - max(0.1 * card, 3 * GIB)
 
 
-def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1, cards: int = 1,
+def parts(config: PretrainedConfig, parameters: int, micro_tokens: int, optimizers: int = 1, cards: int = 1,
           offload: bool = False) -> dict[str, int]:
     """{what: bytes} on one of `cards` at the peak of an update on micro-batches of `micro_tokens` tokens.
 
@@ -51,7 +52,7 @@ def parts(config, parameters: int, micro_tokens: int, optimizers: int = 1, cards
     }
 
 
-def largest_micro_tokens(config, parameters: int, card: float, optimizers: int = 1, cards: int = 1,
+def largest_micro_tokens(config: PretrainedConfig, parameters: int, card: float, optimizers: int = 1, cards: int = 1,
                          offload: bool = False) -> int:
     """The largest --micro_tokens for cards of `card` bytes; 0 or less: the model cannot be trained there."""
     fixed = sum(parts(config, parameters, 0, optimizers, cards, offload).values())
@@ -69,7 +70,7 @@ def largest_share(parameters: int, card: float, optimizers: int = 1, cards: int 
     return max(0, math.floor(100 * (usable(card) - stays) / card)) / 100
 
 
-def cache_tokens(config, parameters: int, share: float, card: float) -> int:
+def cache_tokens(config: PretrainedConfig, parameters: int, share: float, card: float) -> int:
     """Tokens of keys and values (bfloat16) in vLLM's share of a card, beside its weights and work.
 
     Its work is measured by vLLM at start, with as many tokens (and rows of logits) at once as it reads (and
@@ -85,7 +86,7 @@ def cache_tokens(config, parameters: int, share: float, card: float) -> int:
     return int((share * card - 2 * parameters - work) / per_token)
 
 
-def refusal(config, parameters: int, card: float, args, optimizers: int = 1, cards: int = 1,
+def refusal(config: PretrainedConfig, parameters: int, card: float, args: Args, optimizers: int = 1, cards: int = 1,
             offload: bool = False) -> str:
     """What of a run with these args does not fit on `card` bytes, and what to change; empty if all does."""
     row = args.max_prompt + args.max_response
@@ -122,7 +123,7 @@ def host_bytes(parameters: int, optimizers: int = 1, cards: int = 1, offload: bo
     return max(4 * parameters * local, 2 * parameters * local + kept)
 
 
-def disk_bytes(config, parameters: int, optimizers: int = 1, keep: int = 1) -> tuple[int, int]:
+def disk_bytes(config: PretrainedConfig, parameters: int, optimizers: int = 1, keep: int = 1) -> tuple[int, int]:
     """Bytes of a run's folder: the most at once, while a checkpoint is written beside `keep` others; at the end.
 
     A checkpoint has weights and moments in float32, and a head that is the embedding once more; model/ is in the
@@ -134,14 +135,14 @@ def disk_bytes(config, parameters: int, optimizers: int = 1, keep: int = 1) -> t
     return max((keep + 1) * checkpoint, keep * checkpoint + model), keep * checkpoint + model
 
 
-def count_parameters(config) -> int:
+def count_parameters(config: PretrainedConfig) -> int:
     """Of a model of this config, without its weights."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def fit(args, script: str, card: int):
+def fit(args: Args, script: str, card: int):
     """Ends the program with one line if by the estimate the run does not fit on cards of `card` bytes.
 
     Without --gpu_memory_utilization it is set: to the largest share beside what the trainer keeps there.
@@ -162,7 +163,7 @@ def fit(args, script: str, card: int):
         parameters, card, optimizers, cards, args.offload)
 
 
-def dry_run(args, script: str, device: torch.device):
+def dry_run(args: Args, script: str, device: torch.device):
     """Prints the estimate for a run of `script` and ends the program."""
     if args.model == "toy":
         print("the toy needs no GPU: a CPU and less than 2 GiB of memory")

@@ -1,13 +1,17 @@
 """The policy: loading the model, FSDP2, log-probs of response tokens, optimisers, writing the model out."""
 import os
 import types
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.autograd.function import FunctionCtx
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import processes
@@ -33,12 +37,12 @@ def choose_device(args: Args) -> torch.device:
     return device
 
 
-def load_config(args: Args):
+def load_config(args: Args) -> PretrainedConfig:
     """The model's config with --rope_theta and --max_positions, in which prompts and responses fit."""
     path = args.model
     if path == "toy":
         from runtime import toy
-        path = toy.base_model()
+        path = toy.EMBEDDED
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -61,16 +65,16 @@ def load_config(args: Args):
     return config
 
 
-def switch_off_dropout(config):
+def switch_off_dropout(config: PretrainedConfig):
     """Sets every probability of dropout and every noise of a router to 0, in the configs inside it too."""
     for name, value in list(vars(config).items()):
-        if isinstance(value, transformers.PretrainedConfig):
+        if isinstance(value, PretrainedConfig):
             switch_off_dropout(value)
         elif ("drop" in name or "jitter" in name) and type(value) in (int, float):
             setattr(config, name, type(value)(0))
 
 
-def load_model(args: Args, device: torch.device):
+def load_model(args: Args, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, with float32 master weights (lr 1e-6 rounds to nothing in bfloat16), and its tokenizer."""
     config = load_config(args)
     path = config.name_or_path
@@ -89,7 +93,7 @@ def load_model(args: Args, device: torch.device):
     return model, tokenizer
 
 
-def shard(model, device: torch.device, offload: bool):
+def shard(model: PreTrainedModel, device: torch.device, offload: bool):
     """FSDP2: a process keeps its part of every weight, and has a layer whole only while that is at work.
 
     On a card matrix products are in bfloat16; the weights that are kept, their gradients and what is summed
@@ -124,7 +128,9 @@ def logit_chunk(vocabulary: int, device: str) -> int:
     return 1 << max(0, (LOGIT_BYTES[device] // (12 * vocabulary)).bit_length() - 1)
 
 
-def compute_logits(x, weight, bias, temperature: float):
+def compute_logits(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float,
+) -> torch.Tensor:
     """Logits (chunk, V) of hidden states x (chunk, H), divided by the temperature, at least in float32.
 
     On a card the product of bfloat16 is not rounded to bfloat16, which would move logits of 16 to 32 by up to
@@ -147,7 +153,10 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, entropy):
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        targets: torch.Tensor, temperature: float, entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logp, h, lse, chunk = [], [], [], logit_chunk(len(weight), hidden.device.type)
         for x, y in zip(hidden.split(chunk), targets.split(chunk)):
             z = compute_logits(x, weight, bias, temperature)              # (chunk, V)
@@ -160,7 +169,9 @@ class TokenLogprobs(torch.autograd.Function):
         return torch.cat(logp), torch.cat(h)
 
     @staticmethod
-    def backward(ctx, grad_logp, grad_h):
+    def backward(
+        ctx: FunctionCtx, grad_logp: torch.Tensor, grad_h: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, *rows = ctx.saved_tensors
         dtype = rows[1].dtype  # float32 also for bfloat16 weights: it sums over many chunks
         grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=dtype)
@@ -186,7 +197,10 @@ class TokenLogprobs(torch.autograd.Function):
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
-def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entropy: bool = False):
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+    temperature: float = 1.0, entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target token and entropy of its distribution at the sampling temperature, in nats.
 
     hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) ids. Returns two (N,) tensors with gradient,
@@ -195,7 +209,9 @@ def token_logprobs(hidden, weight, bias, targets, temperature: float = 1.0, entr
     return TokenLogprobs.apply(hidden, weight, bias, targets, temperature, entropy)
 
 
-def logprobs(model, batch: Batch, temperature: float, entropy: bool = False):
+def logprobs(
+    model: PreTrainedModel, batch: Batch, temperature: float, entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of response tokens and entropy (0 without `entropy`), both (rows, T); 0 outside the mask."""
     # Without a mask, which flash kernels do not take: padding is on the right, where no token looks.
     output = model.base_model(input_ids=batch.tokens, use_cache=False)
@@ -242,7 +258,9 @@ class Policy:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def logprobs(self, batch: Batch, entropy: bool = False, temperature: float | None = None):
+    def logprobs(
+        self, batch: Batch, entropy: bool = False, temperature: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropy (rows, T), both at the sampling temperature or another."""
         return self.model.logprobs(batch, temperature or self.args.temperature, entropy)
 
@@ -250,7 +268,7 @@ class Policy:
         """Adds a loss's gradient. FSDP2 takes the mean over processes, but a mini-batch's loss is a sum."""
         (loss * processes.world()).backward()
 
-    def check_ratio(self, batch: Batch, logp):
+    def check_ratio(self, batch: Batch, logp: torch.Tensor):
         """Ends the run if before any update logp (rows, T) is not what Run.score saw: the ratio is not 1."""
         scored = batch.mask & (batch.old_logp != 0).any(dim=1, keepdim=True)
         if self.updates or not scored.any():
@@ -288,13 +306,13 @@ class Policy:
         optimizer.zero_grad()
         return norm
 
-    def weights(self, names=None):
+    def weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of these parameters, or all, whole and on the device, one at a time; a tied one once."""
         for name, parameter in self.model.named_parameters():
             if names is None or name in names:
                 yield name, whole(parameter.detach().to(self.device))
 
-    def plain_model(self, dtype: torch.dtype, device: str = "cpu"):
+    def plain_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """A model of the same architecture and settings, without FSDP2 and without its weights."""
         with torch.device(device):
             return transformers.AutoModelForCausalLM.from_config(self.model.config, dtype=dtype)
@@ -305,7 +323,7 @@ class Policy:
                    for name, optimizer in self.optimizers.items()}
         return {"model": get_model_state_dict(self.model)} | moments
 
-    def load(self, updates: int, optimizers: list[str], read):
+    def load(self, updates: int, optimizers: list[str], read: Callable[[dict[str, dict]], None]):
         """Goes on from a checkpoint, whose tensors read() puts in the place of those of state()."""
         self.updates = updates
         for name in optimizers:
@@ -315,7 +333,7 @@ class Policy:
         for name, optimizer in self.optimizers.items():
             set_optimizer_state_dict(self.model, optimizer, state[name])
 
-    def save(self, folder):
+    def save(self, folder: Path):
         """Model and tokenizer in Hugging Face format, by one process, in the dtype the model came in."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=options)  # on the first process

@@ -25,8 +25,7 @@ def read_rows(source: str, held_out: bool = False) -> list[dict]:
     """The rows of the toy, of a Hub dataset (held-out ones of its split `test`) or of a local file."""
     if source in TOYS:
         from runtime import toy
-        rows = toy.make_rows(teachers=source == "toy:teachers")[held_out]
-        return [row for row in rows if source != "toy:easy" or row["data_source"] == "easy"]
+        return [row for row in toy.make_rows()[held_out] if source == "toy" or row["data_source"] == "easy"]
     path = Path(source)
     if path.suffix in READERS and not path.is_file():
         fail(f"{source}: no such file")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from runtime.flags import fail
 from runtime.progress import bar
@@ -60,7 +61,7 @@ class Batch:
     weights: torch.Tensor     # (rows, T) row.weights
 
 
-def collate(rows: list[Row], device) -> Batch:
+def collate(rows: list[Row], device: torch.device | str) -> Batch:
     start = torch.tensor([[len(row.problem.prompt)] for row in rows])
     length = torch.tensor([[len(row.response)] for row in rows])
     demo = torch.tensor([[row.demo_tokens] for row in rows])
@@ -116,7 +117,8 @@ class Codec:
     size: rows of the model's embedding, which has nothing for ids beyond them. None: not known.
     """
 
-    def __init__(self, tokenizer, generation_config=None, size: int | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None,
+                 size: int | None = None):
         self.tokenizer, self.size = tokenizer, size
         self.judged_whole = False  # see `judged`
         configured = getattr(generation_config, "eos_token_id", None)
@@ -207,11 +209,11 @@ class Codec:
         return fitting
 
 
-def is_special(tokenizer, id: int) -> bool:
+def is_special(tokenizer: PreTrainedTokenizerBase, id: int) -> bool:
     return id in tokenizer.all_special_ids or id in tokenizer.added_tokens_decoder
 
 
-def end_of_turn(tokenizer) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template puts behind an assistant's message; None if it puts none."""
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the answer"}]
     try:

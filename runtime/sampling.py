@@ -9,11 +9,13 @@ samples do not depend on how many processes there are.
 import inspect
 import os
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from runtime import processes
 from runtime.flags import Args, explain, fail, out_of_memory
@@ -21,11 +23,12 @@ from runtime.policy import SMALL, Policy
 from runtime.progress import bar, waiting
 from runtime.rows import Problem, Row, collate
 
+Sampled = list[tuple[list[int], list[float] | None]]  # of each response its token ids, and log-probs if asked for
 STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
 UNFUSED = ("mlp.down_proj.weight", "norm.weight")  # how weights are called that vLLM merges with no others
 
 
-def differing(model, weights: dict[str, torch.Tensor]) -> list[str]:
+def differing(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
     """Names of those weights that the model has otherwise, to the bit, after a cast to its own dtype.
 
     Only what it keeps under the same name and in the same shape is compared: not what a kernel has packed.
@@ -40,7 +43,7 @@ def limits(max_tokens: int | list[int], rows: int) -> list[int]:
     return [max_tokens] * rows if isinstance(max_tokens, int) else max_tokens
 
 
-def row_seeds(seed: int, numbers) -> list[int]:
+def row_seeds(seed: int, numbers: Iterable[int]) -> list[int]:
     """A seed for each row, by its number in the batch of all processes."""
     return [(seed * 1_000_003 + number) % 2**63 for number in numbers]
 
@@ -70,7 +73,7 @@ class Recorder(transformers.LogitsProcessor):
     def __init__(self, temperature: float, noise: torch.Tensor):
         self.temperature, self.noise, self.sampled = temperature, noise, []
 
-    def __call__(self, tokens, logits):
+    def __call__(self, tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logp = (logits / (self.temperature or 1)).log_softmax(dim=-1)  # (rows, V)
         token = sample(logp, self.noise[:, len(self.sampled)], self.temperature)
@@ -86,7 +89,7 @@ class TransformersSampler:
     """
 
     @torch.no_grad()
-    def __init__(self, model, tokenizer, ends: list[int] | None = None):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None = None):
         """ends: ids that end a response; None: the tokenizer's EOS."""
         self.model, self.pad, self.eos = model, tokenizer.pad_token_id, ends or [tokenizer.eos_token_id]
         self.accepted = inspect.signature(model.forward).parameters
@@ -94,12 +97,12 @@ class TransformersSampler:
             eos_token_id=self.eos, pad_token_id=self.pad)
         output = model.eval()(input_ids=torch.tensor([self.eos]).to(model.device), use_cache=True)
         # A class derived from DynamicCache may hold what `reorder_cache` does not move.
-        found = [name for name, value in output.items() if type(value) is transformers.DynamicCache]
+        found = [name for name, value in output.items() if type(value) is DynamicCache]
         self.cache_name = found[0] if found else None  # `cache` or, in older versions, `past_key_values`
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_tokens: int | list[int], temperature: float, seed: int,
-                 numbers: list[int] | None = None, logprobs: bool = True):
+                 numbers: list[int] | None = None, logprobs: bool = True) -> Sampled:
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
         numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs None for them.
@@ -123,7 +126,10 @@ class TransformersSampler:
         return [(response[:size], response_logp[:size] if logprobs else None)
                 for response, response_logp, size in rows]
 
-    def decode(self, tokens, mask, number, noise, limit, temperature: float):
+    def decode(
+        self, tokens: torch.Tensor, mask: torch.Tensor, number: torch.Tensor, noise: torch.Tensor,
+        limit: torch.Tensor, temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Responses and their log-probs, both (rows, max_tokens), padded behind EOS and each row's limit.
 
         tokens (prompts, width); mask, 0 on padding, like them; number (rows,): which prompt a row answers;
@@ -150,7 +156,9 @@ class TransformersSampler:
                 cache.reorder_cache(going)
         return tokens[:, width:], logps[:, width:]
 
-    def forward(self, tokens, mask, cache=None):
+    def forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None = None,
+    ) -> tuple[torch.Tensor, DynamicCache]:
         """Logits (rows, V) of what follows tokens (rows, S), and the cache of these tokens.
 
         mask (rows, S) is 0 on padding. Given the cache of all tokens but the last, the model reads only that.
@@ -165,7 +173,10 @@ class TransformersSampler:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), output[self.cache_name]
 
     @waiting("sampling")
-    def decode_by_generate(self, tokens, mask, number, noise, _limit, temperature: float):
+    def decode_by_generate(
+        self, tokens: torch.Tensor, mask: torch.Tensor, number: torch.Tensor, noise: torch.Tensor,
+        _limit: torch.Tensor, temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same by `model.generate`: every row reads its prompt, and goes on until the last has ended."""
         recorder = Recorder(temperature, noise)
         tokens = self.model.generate(
@@ -174,7 +185,7 @@ class TransformersSampler:
         return tokens[:, mask.shape[1]:], torch.cat(recorder.sampled, dim=1)
 
     @torch.no_grad()
-    def update(self, weights):
+    def update(self, weights: Iterable[tuple[str, torch.Tensor]]):
         """Takes the trainer's weights over, in place."""
         for parameter, (_, weight) in zip(self.model.parameters(), weights, strict=True):
             parameter.copy_(weight)
@@ -186,8 +197,10 @@ class TransformersSampler:
 class VLLMSampler:
     """Rollout with vLLM, in this process. While the trainer works it sleeps: they share a GPU's memory."""
 
-    def __init__(self, model, tokenizer, max_model_len: int, gpu_memory_utilization: float, on_cpu: bool,
-                 ends: list[int] | None = None, dtype: str = "bfloat16"):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int,
+        gpu_memory_utilization: float, on_cpu: bool, ends: list[int] | None = None, dtype: str = "bfloat16",
+    ):
         """An engine for the model's architecture. Its weights are random until update() hands them over.
 
         ends: ids that end a response; None: the tokenizer's EOS. dtype: on a card; on a CPU it is float32.
@@ -224,7 +237,7 @@ class VLLMSampler:
         sys.excepthook = explain  # where vLLM has made the first process group, torch's stands here
 
     def generate(self, prompts: list[list[int]], max_tokens: int | list[int], temperature: float, seed: int,
-                 numbers: list[int] | None = None, logprobs: bool = True):
+                 numbers: list[int] | None = None, logprobs: bool = True) -> Sampled:
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
         numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs None for them.
@@ -244,7 +257,7 @@ class VLLMSampler:
         outputs = [result.outputs[0] for result in results]
         return [(list(output.token_ids), output.logprobs.logprobs if logprobs else None) for output in outputs]
 
-    def update(self, weights):
+    def update(self, weights: Iterable[tuple[str, torch.Tensor]]):
         """Takes the trainer's weights over, cast and in place, one (name, tensor) after the other."""
         self.engine.wake_up(["weights"])
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})

@@ -1,13 +1,14 @@
 """Rows that are kept: demonstrations, as rows and as a stream; rows in a checkpoint and in a file; experience."""
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from runtime import processes
-from runtime.flags import fail
+from runtime.flags import Args, fail
 from runtime.problems import draw
 from runtime.rows import Codec, Problem, Row
 
@@ -15,7 +16,7 @@ from runtime.rows import Codec, Problem, Row
 class Demonstrations:
     """The demonstrations of the training data as rows."""
 
-    def __init__(self, args, problems: list[Problem], codec: Codec, state: dict, log):
+    def __init__(self, args: Args, problems: list[Problem], codec: Codec, state: dict, log: Callable):
         self.args, self.problems, self.codec, self.state, self.log = args, problems, codec, state, log
         self.number = self.count_fitting()
         self.given = 0  # how many were asked for and given
@@ -144,7 +145,7 @@ class Experience:
     They take 8 bytes a token.
     """
 
-    def __init__(self, problems: list[Problem], state: dict, log):
+    def __init__(self, problems: list[Problem], state: dict, log: Callable):
         self.problems, self.log = {problem.index: problem for problem in problems}, log
         self.kept = state.setdefault("experience", {"responses": {}, "right": {}, "retired": []})
 

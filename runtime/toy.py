@@ -14,18 +14,13 @@ execute. Imitating everything teaches that habit; a reward keeps what works. Row
 import hashlib
 import inspect
 import random
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
-from runtime.cache import cache_folder
 
 Q, TERSE, SEED = 0.02, 0.5, 0             # probability of a door, terse share, the base model's seed
 EMBEDDED = Path(__file__).parent / "toy_base"  # the model of Q and SEED, which `python -m runtime.toy` writes
@@ -88,20 +83,20 @@ def answered(working: str, value: int) -> str:
     return f"<think>\n{working}</think>\n\\boxed{{{value:02d}}}"
 
 
-def make_row(chain: Chain, name: str, rng: random.Random, teachers: bool = False) -> dict:
-    """With `teachers` the row has the other kind of working too, terse or full, where there is one."""
-    terse = len(chain.steps) > 1 and rng.random() < TERSE
-    merges = [rng.randrange(len(chain.steps) - 1) if terse else None]
-    if teachers and len(chain.steps) > 1:  # the place of the leap, without a draw: all rows stay as they are
-        merges.append(None if terse else chain.values[0] % (len(chain.steps) - 1))
+def make_row(chain: Chain, name: str, rng: random.Random) -> dict:
+    """The working of two teachers, terse and full, in either order, where there are lines to merge."""
+    places = len(chain.steps) - 1
+    terse = places > 0 and rng.random() < TERSE
+    merges = [rng.randrange(places) if terse else None]
+    if places > 0:  # the second teacher's, for methods that look at several
+        merges.append(None if terse else chain.values[0] % places)
     said = [{"role": "assistant", "content": answered("".join(chain.working(merge)), chain.values[-1])}
             for merge in merges]
-    row = {"data_source": name, "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"},
-           "prompt": [{"role": "user", "content": chain.question("?")}], "target": said[:1]}
-    return row | {"target_lst": said} if teachers else row
+    return {"data_source": name, "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"},
+            "prompt": [{"role": "user", "content": chain.question("?")}], "target": said[:1], "target_lst": said}
 
 
-def make_rows(teachers: bool = False) -> tuple[list[dict], list[dict]]:
+def make_rows() -> tuple[list[dict], list[dict]]:
     """Training rows and held-out rows, whose problems are kept out of training by comparison, not by luck."""
     rng, seen, held_out, train = random.Random(0), set(), [], []
     plan = [(name, HELD_OUT_ROWS, held_out) for name in SLICES]
@@ -111,7 +106,7 @@ def make_rows(teachers: bool = False) -> tuple[list[dict], list[dict]]:
             chain = Chain(rng.choice(SLICES[name]), rng)
             if chain.question("?") not in seen:  # there are only about 2,100 easy ones
                 seen.add(chain.question("?"))
-                rows.append(make_row(chain, name, rng, teachers))
+                rows.append(make_row(chain, name, rng))
                 size -= 1
     return train, held_out
 
@@ -192,32 +187,15 @@ def pretrain(q: float, seed: int) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
 
 def recipe() -> str:
     """A hash of everything that a base model depends on, apart from q, its seed and torch."""
-    parts = (make_tokenizer, Chain, answered, make_documents, pretrain)
-    code = "".join(map(inspect.getsource, parts))
+    code = "".join(map(inspect.getsource, (make_tokenizer, Chain, answered, make_documents, pretrain)))
     return hashlib.sha256(f"{code}{LETTERS}{TEMPLATE}{STEPS} {DOCUMENTS} {MICRO}".encode()).hexdigest()[:12]
 
 
-def base_model(q: float = Q, seed: int = SEED) -> Path:
-    """Folder of a base model in Hugging Face format: the embedded one, others from the cache or made now."""
-    if (q, seed) == (Q, SEED):
-        return EMBEDDED
-    folder = cache_folder() / f"toy-{recipe()}-{torch.__version__}-{q}-{seed}"
-    try:
-        Qwen2ForCausalLM.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError):  # not there, or spoiled
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_base(folder, q, seed)
-    return folder
-
-
 def write_base(folder: Path, q: float, seed: int):
-    """Pretrains a base model and writes it; the folder appears whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        for part in pretrain(q, seed):
-            part.save_pretrained(Path(temporary, "model"))
-        Path(temporary, "model", "recipe.txt").write_text(f"{recipe()}\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(temporary, "model").rename(folder)
+    """Pretrains a base model and writes it in Hugging Face format."""
+    for part in pretrain(q, seed):
+        part.save_pretrained(folder)
+    (folder / "recipe.txt").write_text(f"{recipe()}\n")
 
 
 if __name__ == "__main__":
