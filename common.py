@@ -149,8 +149,8 @@ class Run:
         """One response of the policy to each problem; a problem stands in the list once for each response.
 
         At --temperature and from the whole distribution; at most L = --max_response tokens, EOS included.
-        prefixes: token ids for each that are given, [] for none; the policy goes on behind them. They count in
-        L, are fewer than L and have no EOS. Sets row.prefix, how many there are; the response begins with them.
+        prefixes: token ids for each that are given, [] for none; the policy goes on behind them. They count
+        in L, are fewer than L and have no EOS. Sets row.prefix, their number; the response begins with them.
         again: 1, 2, ... for further rollouts in a step, whose noise is another.
         """
         args, seed = self.args, self.args.seed * 1_000_003 + self.step + again * 10**15
@@ -164,7 +164,7 @@ class Run:
         return rows
 
     def verify(self, rows: list[Row]) -> torch.Tensor:
-        r"""Sets row.reward and returns the rewards (rows,): 1.0 or 0.0, or what the function of --reward says.
+        r"""Sets row.reward and returns rewards (rows,): 1.0 or 0.0, or what the function of --reward says.
 
         1.0 if the \boxed{} answer after </think> equals the reference by math-verify; 0.0 also without a
         </think>, without a box, and for a response that was cut. Logs rewards, groups and verdicts.
@@ -248,8 +248,8 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of response tokens under the policy and its entropy there, both (rows, T), in nats.
 
-        At --temperature: logits are divided by it first. Without a bonus, or `entropy`, which asks for it, the
-        entropy is not computed: zeros.
+        At --temperature: logits are divided by it first. Without a bonus, or `entropy`, which asks for it,
+        the entropy is not computed: zeros.
         """
         with self.record.timer("update"):
             self.policy.model.train()

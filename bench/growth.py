@@ -3,10 +3,10 @@
     python bench/growth.py            # 4 rows of 64 to 4,096 tokens: ten minutes on one thread
     python bench/growth.py --steps 2000 --lengths           # host memory of a long run alone
 
-The model alone: forwards and backwards over the same rows, and `model.generate`. Attention grows with the square of
-the length for both, so that the ratio of the two says what this project adds, and the ratio's change with the length
-what grows faster than attention. Both run in turn; processor time of one thread. Last, the host memory of a run of
-GRPO on the toy is read off at its steps. Writes bench/results/growth.json.
+The model alone: forwards and backwards over the same rows, and `model.generate`. Attention grows with the
+square of the length for both, so that the ratio of the two says what this project adds, and the ratio's
+change with the length what grows faster than attention. Both run in turn; processor time of one thread. Last,
+the host memory of a run of GRPO on the toy is read off at its steps. Writes bench/results/growth.json.
 """
 import argparse
 import json

@@ -82,7 +82,8 @@ def kept_verdicts(source: str, problems: list[Problem], verifier: Verifier | Own
         return
     kept = processes.gather(read_verdicts(path) if processes.first() else None)[0]  # the same for all
     if kept:
-        print(f"{source}: {len(kept)} verdicts on its answers are those of an earlier start, in {path}", flush=True)
+        print(f"{source}: {len(kept)} verdicts on its answers are those of an earlier start, in {path}",
+              flush=True)
     known = kept.keys() | verifier.known.keys()
     verifier.known.update(kept)
     yield

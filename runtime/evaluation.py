@@ -72,8 +72,8 @@ def write_answers(path: Path, step: int, rows: list[Row], texts: list[str], verd
 
 
 def evaluate(
-    args: Args, step: int, held_out: list[Problem], sampler: Sampler, verifier: Verifier | OwnReward, codec: Codec,
-    path: Path,
+    args: Args, step: int, held_out: list[Problem], sampler: Sampler, verifier: Verifier | OwnReward,
+    codec: Codec, path: Path,
 ) -> dict[str, float]:
     """Samples and verifies responses to the held-out problems; every answer is appended to `path`.
 

@@ -41,10 +41,10 @@ def fail(message: str):
     raise SystemExit(2)
 
 
-# What is said where memory does not suffice: by vLLM when it starts, of a share that is too small or too large.
+# What is said where memory does not suffice: by vLLM at its start, of a share too small or too large.
 TOO_SMALL = ("No available memory for the cache blocks", "larger than the available KV cache memory")
 TOO_LARGE = ("is less than desired GPU memory utilization",)
-RAN_OUT = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "MemoryError")  # CUDA, cuBLAS, torch, Python
+RAN_OUT = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "MemoryError")  # CUDA, torch, Python
 
 
 def out_of_memory(error: BaseException) -> str:
@@ -69,8 +69,8 @@ def out_of_memory(error: BaseException) -> str:
         if method.startswith("VLLMSampler."):
             return "out of memory in vLLM: lower --gpu_memory_utilization"
         if method.startswith("TransformersSampler."):
-            return ("out of memory while sampling: lower --prompts, --n or --max_response, or on a card sample "
-                    "with vLLM")
+            return ("out of memory while sampling: lower --prompts, --n or --max_response, or on a card "
+                    "sample with vLLM")
         if method in ("Policy.step", "Policy.load", "Policy.__init__"):
             return "out of memory for weights and moments: use --offload or more cards"
     return "out of memory: lower --micro_tokens; if that does not help, use --offload or more cards"

@@ -21,7 +21,7 @@ TWO_OPTIMIZERS = ("relift",)  # scripts whose optimizer_step() names moments of 
 def usable(card: float) -> float:
     """Bytes of a card that are counted on: all but a tenth, and all but 3 GiB.
 
-    The rest is for the CUDA context, for vLLM's CUDA graphs, which stay while it sleeps, and for fragmentation.
+    The rest is for the CUDA context, vLLM's CUDA graphs, which stay while it sleeps, and fragmentation.
     """
     return card - max(0.1 * card, 3 * GIB)
 
@@ -52,8 +52,10 @@ def parts(config: PretrainedConfig, parameters: int, micro_tokens: int, optimize
     }
 
 
-def largest_micro_tokens(config: PretrainedConfig, parameters: int, card: float, optimizers: int = 1, cards: int = 1,
-                         offload: bool = False) -> int:
+def largest_micro_tokens(
+    config: PretrainedConfig, parameters: int, card: float, optimizers: int = 1, cards: int = 1,
+    offload: bool = False,
+) -> int:
     """The largest --micro_tokens for cards of `card` bytes; 0 or less: the model cannot be trained there."""
     fixed = sum(parts(config, parameters, 0, optimizers, cards, offload).values())
     per_token = sum(parts(config, parameters, 1, optimizers, cards, offload).values()) - fixed
@@ -86,8 +88,10 @@ def cache_tokens(config: PretrainedConfig, parameters: int, share: float, card: 
     return int((share * card - 2 * parameters - work) / per_token)
 
 
-def refusal(config: PretrainedConfig, parameters: int, card: float, args: Args, optimizers: int = 1, cards: int = 1,
-            offload: bool = False) -> str:
+def refusal(
+    config: PretrainedConfig, parameters: int, card: float, args: Args, optimizers: int = 1, cards: int = 1,
+    offload: bool = False,
+) -> str:
     """What of a run with these args does not fit on `card` bytes, and what to change; empty if all does."""
     row = args.max_prompt + args.max_response
     longest = args.max_prompt + max(args.max_response, args.eval_response)
@@ -123,11 +127,13 @@ def host_bytes(parameters: int, optimizers: int = 1, cards: int = 1, offload: bo
     return max(4 * parameters * local, 2 * parameters * local + kept)
 
 
-def disk_bytes(config: PretrainedConfig, parameters: int, optimizers: int = 1, keep: int = 1) -> tuple[int, int]:
-    """Bytes of a run's folder: the most at once, while a checkpoint is written beside `keep` others; at the end.
+def disk_bytes(
+    config: PretrainedConfig, parameters: int, optimizers: int = 1, keep: int = 1,
+) -> tuple[int, int]:
+    """Bytes of a run's folder: the most at once, while a checkpoint is written beside `keep` others; at last.
 
-    A checkpoint has weights and moments in float32, and a head that is the embedding once more; model/ is in the
-    model's own dtype. What is logged is small beside them.
+    A checkpoint has weights and moments in float32, and a head that is the embedding once more; model/ is in
+    the model's own dtype. What is logged is small beside them.
     """
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
     checkpoint = (4 + 8 * optimizers) * parameters + 4 * head
@@ -152,8 +158,8 @@ def fit(args: Args, script: str, card: int):
     place = (parameters, card, args, optimizers, cards, args.offload)
     reason = refusal(config.get_text_config(), *place)
     if reason:
-        fail(f"--model {args.model} on {cards} card(s) of {card / GIB:.0f} GiB, by the estimate of --dry_run: "
-             f"{reason}")
+        fail(f"--model {args.model} on {cards} card(s) of {card / GIB:.0f} GiB, by the estimate of "
+             f"--dry_run: {reason}")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = host_bytes(parameters, optimizers, cards, args.offload, local)
     if args.offload and needed > host:
@@ -189,8 +195,8 @@ def dry_run(args: Args, script: str, device: torch.device):
             said = refusal(config, parameters, card, args, optimizers, number, args.offload) or "enough"
             print(f"{'a card' if number == 1 else f'{number} cards'} of {card / GIB:.0f} GiB: {said}; "
                   f"--micro_tokens up to {max(0, largest):,}; --gpu_memory_utilization up to {share:.2f}; "
-                  f"with {used:.2f} vLLM's cache holds {max(0, cache) // row} responses of full length at once "
-                  "on each")
+                  f"with {used:.2f} vLLM's cache holds {max(0, cache) // row} responses of full length at "
+                  "once on each")
         host = host_bytes(parameters, optimizers, number, args.offload, min(8, number))
         print(f"host memory of a machine with {min(8, number)} card(s): {host / GIB:.0f} GiB")
     most, end = (size / GIB for size in disk_bytes(config, parameters, optimizers, args.keep))

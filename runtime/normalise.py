@@ -53,7 +53,7 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in (  # one
     # wrappers and spaces
     (r"(?<=[\w)}])\*\*(-?\d+|[a-z](?![a-z]))", r"^{\1}"),                          # x**2
     (r"\\[bB]igg?[lrm]?(?![a-zA-Z])|\*\*|`", ""),                                 # \big(; **5**
-    (r"\\(?:(?:text)?color(?:box)?|[hv]?phantom|hspace) ?\{[^{}]*\}", ""),        # \color{red}5; \hspace{2pt}5
+    (r"\\(?:(?:text)?color(?:box)?|[hv]?phantom|hspace) ?\{[^{}]*\}", ""),       # \color{red}5; \hspace{2pt}5
     (r"\\(?:underline|boxed|mathbf|boldsymbol|bm|bf|rm|emph|[lL]arge|displaystyle|therefore)(?![a-zA-Z])",
      ""),                                                                         # \mathbf{5}
     (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|,\\!(?=\d)|\\!", ""),                          # \[5\]; $5$; 12,\!500

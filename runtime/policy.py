@@ -137,7 +137,7 @@ def compute_logits(
     0.06: nor is vLLM's, whose head_dtype makes the same call of mm.
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
-        z = torch.mm(x, weight.T, out_dtype=torch.float32)  # for which torch has no gradient and no CPU kernel
+        z = torch.mm(x, weight.T, out_dtype=torch.float32)  # which has no gradient and no CPU kernel
         z = z if bias is None else z.add_(bias)
     else:
         z = F.linear(x, weight, bias)
@@ -307,7 +307,7 @@ class Policy:
         return norm
 
     def weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of these parameters, or all, whole and on the device, one at a time; a tied one once."""
+        """(name, tensor) of these parameters or all, whole, on the device, one by one, a tied one once."""
         for name, parameter in self.model.named_parameters():
             if names is None or name in names:
                 yield name, whole(parameter.detach().to(self.device))

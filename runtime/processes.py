@@ -77,7 +77,7 @@ def local_world() -> int:
 
 
 def workers() -> int:
-    """Processes for verification: the cores that this process may use, at most 32, shared with those beside it."""
+    """Processes for verification: cores that this one may use, at most 32, shared with those beside it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(32, cores) // local_world())
 

@@ -30,9 +30,9 @@ from runtime.progress import waiting
 from runtime.rows import Codec, Problem, Row
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it should be in a run of one process
-# Flags that may change when a run is resumed: no result depends on them (on --eval_every what is logged does).
-FREE = {"resume", "steps", "name", "tracker", "save_every", "keep", "device", "rollout", "offload", "micro_tokens",
-        "gpu_memory_utilization"}
+# Flags that may change when a run is resumed: no result depends on them (--eval_every: what is logged).
+FREE = {"resume", "steps", "name", "tracker", "save_every", "keep", "device", "rollout", "offload",
+        "micro_tokens", "gpu_memory_utilization"}
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ class Record:
 
     def __init__(self, args: Args):
         if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
-            fail(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or leave the flag out")
+            fail(f"--tracker {args.tracker}: not installed: pip install {args.tracker}, or leave it out")
         self.args, self.script, self.tracking = args, Path(sys.argv[0]).stem, False
         self.folder = processes.gather(self.choose_folder() if processes.first() else None)[0]
         self.sums = defaultdict(lambda: [0.0, 0])      # of values that every process has
@@ -226,7 +226,7 @@ class Record:
         processes.gather()
 
     def checkpoints(self) -> list[Path]:
-        """Those that are whole, the last one last: --keep, or more if a kill came before the oldest was gone."""
+        """Those that are whole, the last one last: --keep, or more if a kill came before the oldest went."""
         return sorted(self.folder.glob("checkpoint/step-*"),
                       key=lambda path: int(path.name.removeprefix("step-")))
 

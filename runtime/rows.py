@@ -31,7 +31,7 @@ class Problem:
 
 @dataclass(eq=False)
 class Row:
-    """One response to one prompt: a rollout of the policy, a demonstration, or one that the policy finished."""
+    """One response to a prompt: a rollout of the policy, a demonstration, or one that the policy finished."""
     problem: Problem
     response: list[int]                      # token ids, with EOS unless it was cut
     sampler_logp: list[float] | None = None  # log-probs of sampled tokens by the sampler, if it was asked

@@ -1,8 +1,10 @@
 """Sampling responses: with transformers on a CPU, with vLLM on a GPU.
 
-Both have three methods. generate(prompts, max_tokens, temperature, seed, numbers, logprobs) takes token ids and
-returns, for each prompt, the token ids of one response and, if asked, their log-probs; max_tokens is a number, or
-one for each prompt. update(weights) hands the trainer's over; differing(weights) names those that did not arrive.
+Both have three methods. generate(prompts, max_tokens, temperature, seed, numbers, logprobs) takes token ids
+and returns, for each prompt, the token ids of one response and, if asked, their log-probs; max_tokens is a
+number, or one for each prompt. update(weights) hands the trainer's over; differing(weights) names those that
+did not arrive.
+
 A row's noise depends on the seed and on its number in the batch of all processes, and on nothing else: so the
 samples do not depend on how many processes there are.
 """
@@ -23,7 +25,7 @@ from runtime.policy import SMALL, Policy
 from runtime.progress import bar, waiting
 from runtime.rows import Problem, Row, collate
 
-Sampled = list[tuple[list[int], list[float] | None]]  # of each response its token ids, and log-probs if asked for
+Sampled = list[tuple[list[int], list[float] | None]]  # token ids and, if asked for, log-probs of responses
 STALE = {"cpu": 1e-3, "cuda": 0.1}  # mean nats a token from the trainer: float32, bfloat16
 UNFUSED = ("mlp.down_proj.weight", "norm.weight")  # how weights are called that vLLM merges with no others
 
@@ -89,7 +91,9 @@ class TransformersSampler:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None = None):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int] | None = None,
+    ):
         """ends: ids that end a response; None: the tokenizer's EOS."""
         self.model, self.pad, self.eos = model, tokenizer.pad_token_id, ends or [tokenizer.eos_token_id]
         self.accepted = inspect.signature(model.forward).parameters
@@ -105,8 +109,8 @@ class TransformersSampler:
                  numbers: list[int] | None = None, logprobs: bool = True) -> Sampled:
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
-        numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs None for them.
-        Temperature 0 takes the likeliest token each time; its log-prob is that at temperature 1.
+        numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs they are
+        None. Temperature 0 takes the likeliest token each time; its log-prob is that at temperature 1.
         """
         self.model.eval()
         unique = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -240,7 +244,7 @@ class VLLMSampler:
                  numbers: list[int] | None = None, logprobs: bool = True) -> Sampled:
         """One response to each prompt: (token ids, with EOS unless it was cut; log-probs of these tokens).
 
-        numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs None for them.
+        numbers: of the rows in the batch of all processes; by default 0, 1, ... Without logprobs: None.
         """
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         settings = [self.settings(
@@ -255,7 +259,8 @@ class VLLMSampler:
         # Level 2 drops them: a rollout after an evaluation, without a hand-over between, would be noise.
         self.engine.sleep(level=1)
         outputs = [result.outputs[0] for result in results]
-        return [(list(output.token_ids), output.logprobs.logprobs if logprobs else None) for output in outputs]
+        return [(list(output.token_ids), output.logprobs.logprobs if logprobs else None)
+                for output in outputs]
 
     def update(self, weights: Iterable[tuple[str, torch.Tensor]]):
         """Takes the trainer's weights over, cast and in place, one (name, tensor) after the other."""
@@ -292,7 +297,7 @@ class Sampler:
 
     def rows(self, problems: list[Problem], max_tokens: int, temperature: float, seed: int,
              prefixes: list[list[int]] | None = None, logprobs: bool = True) -> list[Row]:
-        """One response to each problem, of at most max_tokens tokens, EOS included; with its log-probs or without.
+        """One response to each problem, of at most max_tokens tokens, EOS included; its log-probs if asked.
 
         prefixes: token ids with which each response begins, fewer than max_tokens and no EOS; [] for none.
         A process samples all responses to every world-th problem, and has those of the others from them.
@@ -315,10 +320,10 @@ class Sampler:
 
     @torch.no_grad()
     def hand_over(self, step: int, problem: Problem) -> str:
-        """Gives the engine the weights. Returns what shows that it does not sample with them; empty if all is well.
+        """Gives the engine the weights. Returns what shows that it does not sample with them; empty: it does.
 
-        Of the weights some are compared, the last of each name in UNFUSED: a step may be so small that log-probs
-        hardly move. And responses are scored by both: what each computes with the weights must agree too.
+        Of the weights some are compared, the last of each name in UNFUSED: a step may be so small that
+        log-probs hardly move. And both score responses: what each computes with the weights must agree too.
         """
         wrong = []
         if isinstance(self.engine, TransformersSampler) and self.engine.model is self.policy.model:
@@ -342,7 +347,7 @@ class Sampler:
         if wrong:
             stale = f"the sampler is stale: after step {step}'s hand-over its {wrong[0]} is not the trainer's"
         elif not gap <= limit:  # nan is a gap too
-            stale = ("the sampler is stale, or the model does more after its head (caps or scales logits) than "
-                     f"runtime/policy.py knows: after step {step}'s hand-over its log-probs are {gap:.2g} nats a "
-                     f"token from the trainer's, more than {limit}")
+            stale = ("the sampler is stale, or the model does more after its head (caps or scales logits) "
+                     f"than runtime/policy.py knows: after step {step}'s hand-over its log-probs are "
+                     f"{gap:.2g} nats a token from the trainer's, more than {limit}")
         return max(processes.gather(stale))  # of any process

@@ -1,4 +1,4 @@
-"""Rows that are kept: demonstrations, as rows and as a stream; rows in a checkpoint and in a file; experience."""
+"""Rows that are kept: demonstrations, rows in a checkpoint and in a file, the policy's experience."""
 import json
 import os
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class Demonstrations:
         limit = self.args.max_response
         fitting = self.codec.count_fitting(responses, limit)
         if fitting < len(responses):
-            print(f"{self.args.data}: {len(responses) - fitting} of {len(responses)} demonstrations have more "
-                  f"than --max_response {limit} tokens and will be left out")
+            print(f"{self.args.data}: {len(responses) - fitting} of {len(responses)} demonstrations have "
+                  f"more than --max_response {limit} tokens and will be left out")
         if self.problems and not fitting:
             print(f"{self.args.data}: no problem has a demonstration that can be used")
         return fitting
@@ -159,7 +159,7 @@ class Experience:
         return [self.problems[index] for index in self.kept["retired"]]
 
     def add(self, right: dict[Problem, list[Row]]):
-        """Right rows of a step, with old_logp, by problem. A response that is stored already stays as it is."""
+        """Right rows of a step, with old_logp, by problem. A response that is stored stays as it is."""
         for problem, rows in right.items():
             self.kept["right"][problem.index] = len(rows)
             responses = self.kept["responses"].setdefault(problem.index, [])

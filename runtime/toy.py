@@ -93,7 +93,8 @@ def make_row(chain: Chain, name: str, rng: random.Random) -> dict:
     said = [{"role": "assistant", "content": answered("".join(chain.working(merge)), chain.values[-1])}
             for merge in merges]
     return {"data_source": name, "reward_model": {"ground_truth": f"{chain.values[-1]:02d}"},
-            "prompt": [{"role": "user", "content": chain.question("?")}], "target": said[:1], "target_lst": said}
+            "prompt": [{"role": "user", "content": chain.question("?")}],
+            "target": said[:1], "target_lst": said}
 
 
 def make_rows() -> tuple[list[dict], list[dict]]:

@@ -84,14 +84,14 @@ def compare(gold: str, answer: str) -> int:
     The papers' reward is math-verify alone. Here both texts are normalised first (`12元`, `１２`, `12.` and
     `12 \text{ cm}` are 12 beside 12), texts that are then the same are right at once, and conditions are sets
     beside a set (`x > 1` beside `(1,\infty)`). Wrong, though math-verify finds them equal, are false chains
-    (`11 = 12`), remainders and texts that contain the number (`12 \mod 7`, `11 \to 12`), units and bases other
-    than the reference's, and numbers that are equal to six decimals but not by `near`.
+    (`11 = 12`), remainders and texts that contain the number (`12 \mod 7`, `11 \to 12`), units and bases
+    other than the reference's, and numbers that are equal to six decimals but not by `near`.
 
     How often that changes a verdict, on the 1,036 references in 2,019 rows of five benchmarks
-    (bench/verdicts.py): of references as answers, bare, in $...$, in display style or behind `x =`, 15 of 4,144
-    become right and 2 wrong, both of rows that are left out when they are read; with a dot behind them 739 of
-    1,036 become right. Of other references as answers 2 of 2,072 become wrong, and of boxes with two references
-    (`a or b`, `b \to a`, `b = a`) 1,419 of 3,108 become wrong and 4 right.
+    (bench/verdicts.py): of references as answers, bare, in $...$, in display style or behind `x =`, 15 of
+    4,144 become right and 2 wrong, both of rows that are left out when they are read; with a dot behind them
+    739 of 1,036 become right. Of other references as answers 2 of 2,072 become wrong, and of boxes with two
+    references (`a or b`, `b \to a`, `b = a`) 1,419 of 3,108 become wrong and 4 right.
     """
     from math_verify import verify
     from sympy import Interval, Union
@@ -187,9 +187,9 @@ def near(gold: "Basic | MatrixBase", answer: "Basic | MatrixBase", tolerance: fl
 def serve_verdicts(seconds: float, megabytes: int):
     """A JSON line [gold, answer], or [gold], in, a verdict line out, one at a time.
 
-    A forked child does the work under limits that the kernel keeps: SIGPROF without a handler ends it after so
-    many `seconds` of a processor on an answer, whatever it computes, and whether its parents still live or not.
-    Then another child takes its place.
+    A forked child does the work under limits that the kernel keeps: SIGPROF without a handler ends it after
+    so many `seconds` of a processor on an answer, whatever it computes, and whether its parents still live or
+    not. Then another child takes its place.
     """
     asked = mmap.mmap(-1, 1)  # shared: is the child at work on an answer?
 

@@ -139,6 +139,14 @@ def test_topr_says_what_it_does(coin_model, coin_data, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
 
 
+# --------------------------------------------------------------------------------------------- what is read
+def test_no_line_is_longer_than_110_characters():
+    """Outside tests and benches, where ruff lets it be 120."""
+    paths = [path for place in (".", "more", "runtime") for path in (ROOT / place).glob("*.py")]
+    assert len(paths) > 20
+    assert [f"{path}: {line}" for path in paths for line in path.read_text().splitlines() if len(line) > 110] == []
+
+
 # ------------------------------------------------------------------------------------------- how it starts
 def test_a_script_runs_from_any_folder_by_its_path(tmp_path):
     command = [sys.executable, str(ROOT / "luffy.py"), "--help"]
