@@ -181,8 +181,11 @@ def draw_page(evaluations: list[dict], page: str, path: Path):
     plt.close(figure)
 
 
-def make_table(evaluations: list[dict], methods: tuple[str, ...], part: str) -> str:
-    """Markdown: where the methods' runs end, when they get half of a slice right, and the time of a step."""
+def make_table(evaluations: list[dict], methods: tuple[str, ...], part: str, time: bool = True) -> str:
+    """Markdown: where the methods' runs end, when they get half of a slice right, and the time of a step.
+
+    time: without it the last column is left out, where the machine was not the same for all.
+    """
     runs = defaultdict(lambda: defaultdict(list))  # method: {(base_seed, seed): evaluations}
     for line in evaluations:
         if line["q"] == 0.02:
@@ -195,7 +198,7 @@ def make_table(evaluations: list[dict], methods: tuple[str, ...], part: str) -> 
         return runs[method][key][-1]["seconds"] / runs[method][key][-1]["step"]
 
     columns = ["", "easy", "hard", "ood", f"steps until {part} > 0.5", "time of a step, GRPO's = 1"]
-    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = [columns]
     for method in filter(runs.__contains__, methods):
         ends = [lines[-1] for lines in runs[method].values()]
         above = [next((line["step"] for line in lines if line[f"accuracy/{part}"] > 0.5), None)
@@ -205,8 +208,10 @@ def make_table(evaluations: list[dict], methods: tuple[str, ...], part: str) -> 
         ratio = span([seconds(method, key) / seconds("GRPO", key) for key in runs[method]])
         cells = [span([line[f"accuracy/{name}"] for line in ends]) for name in ("easy", "hard", "ood")]
         cells = [method, *cells, first.removeprefix("; "), "1" if method == "GRPO" else ratio]
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n".join(table)
+        rows.append(cells)
+    shown = [cells if time else cells[:-1] for cells in rows]
+    table = [f"| {' | '.join(cells)} |" for cells in shown]
+    return "\n".join([table[0], "|---" * len(shown[0]) + "|", *table[1:]])
 
 
 def insert_table(path: Path, table: str):
@@ -253,7 +258,7 @@ def draw_field(evaluations: list[dict], path: Path):
 
 def write_field(evaluations: list[dict]):
     draw_field(evaluations, FIELD_RESULTS.with_suffix(".png"))
-    insert_table(ROOT / "more" / "README.md", make_table(evaluations, FIELD, "hard"))
+    insert_table(ROOT / "more" / "README.md", make_table(evaluations, FIELD, "hard", time=False))
 
 
 def main():

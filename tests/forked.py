@@ -24,7 +24,7 @@ def become(script: str, flags: tuple[str, ...], cwd: Path, environment: dict[str
 
 def run_forked(script: str, flags: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path,
                seconds: float) -> CompletedProcess:
-    """As subprocess.run; the script must only read environment variables after its imports."""
+    """As subprocess.run, for scripts that read no environment variable in their imports and have no exit hooks."""
     process = SERVER.Process(target=become, args=(script, flags, cwd, environment, output))
     process.start()
     process.join(seconds)

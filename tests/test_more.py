@@ -17,6 +17,9 @@ from test_scripts import changed_lines
 
 from runtime import memory
 
+sys.path.append(str(ROOT / "bench"))
+import curves  # noqa: E402
+
 each_script = pytest.mark.parametrize("script", MORE)
 README = (ROOT / "more" / "README.md").read_text()
 
@@ -132,3 +135,9 @@ def test_the_table_has_every_file_and_counts_its_lines():
         assert int(changed) == len(changed_lines(f"more/{name}", above)), name
     assert set(re.findall(r"`(?:more/)?(\w+\.py)`", README)) <= {
         f"{name.rpartition('/')[2]}.py" for name in MORE + SCRIPTS + ["common"]}
+
+
+def test_the_table_of_the_field_is_that_of_the_measured_curves():
+    lines = curves.read(curves.FIELD_RESULTS)
+    assert set(curves.FIELD) == {line["method"] for line in lines}
+    assert f"<!-- table -->\n{curves.make_table(lines, curves.FIELD, 'hard', time=False)}\n<!-- end -->\n" in README

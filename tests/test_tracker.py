@@ -5,7 +5,7 @@ import sys
 from collections import ChainMap
 
 import pytest
-from conftest import SMALL, optional, read_jsonl, run_script
+from conftest import SMALL, optional, read_jsonl, run_command
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def train(tiny_model, coin_data, tmp_path, monkeypatch):
     """Two steps of GRPO with a tracker; the run's metrics and samples, without their steps."""
     def run(tracker: str, *flags: str):
         optional(tracker)
-        process = run_script("grpo.py", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x",
+        process = run_command("grpo.py", "--model", tiny_model, "--data", coin_data, *SMALL, "--name", "x",
                              "--tracker", tracker, *flags, cwd=tmp_path)
         assert process.returncode == 0, process.stderr
         folder = tmp_path / "runs" / "x"
