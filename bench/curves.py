@@ -235,8 +235,8 @@ def draw_field(evaluations: list[dict], path: Path):
     import matplotlib.pyplot as plt
 
     shown = [method for method in FIELD if METHODS[method][0].startswith("more/")]
-    rows = -(-len(shown) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(13, 2.9 * rows), layout="constrained", sharex=True, sharey=True,
+    rows = -(-len(shown) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(11, 2.6 * rows), layout="constrained", sharex=True, sharey=True,
                                 squeeze=False)
     for axis in axes.flat[len(shown):]:
         axis.set_visible(False)
