@@ -50,7 +50,8 @@ class Record:
 
     def __init__(self, args: Args):
         if args.tracker != "none" and not importlib.util.find_spec(args.tracker):
-            fail(f"--tracker {args.tracker}: not installed: pip install {args.tracker}, or leave it out")
+            fail(f"--tracker {args.tracker}: not installed; pip install {args.tracker}, or leave the flag "
+                 "out")
         self.args, self.script, self.tracking = args, Path(sys.argv[0]).stem, False
         self.folder = processes.gather(self.choose_folder() if processes.first() else None)[0]
         self.sums = defaultdict(lambda: [0.0, 0])      # of values that every process has
